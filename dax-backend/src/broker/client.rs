@@ -1,0 +1,329 @@
+//! A process's connection to the broker.
+//!
+//! It runs inside `malloc`, possibly before `main` and on a thread with a small
+//! stack: no heap allocation, no formatting, no buffered I/O, and no wait
+//! without a limit. Errors are plain `Copy` values; rendering them is up to
+//! whoever may allocate.
+#![forbid(unsafe_code)]
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
+};
+use thiserror::Error;
+
+use super::client_page::ClientPageMapping;
+use super::peer::Peer;
+use super::protocol::{
+    GRANT_EXHAUSTED, GRANT_LAST, GRANULE, Kind, MAX_RANGES, Message, RECALL_LOST, Ranges,
+    RefusalReason, RefusedCode, Role, WELCOME_USERFAULTFD, WindowRange,
+};
+use super::socket::{Descriptors, SocketError, readable, receive_message, send_message};
+
+/// How long a broker may take to welcome a client, and to make room for a message.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why there is no connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// The path is longer than a unix socket address holds (107 bytes).
+    #[error("the socket's path is too long for a unix socket")]
+    Path,
+    /// No socket there, or nobody listens.
+    #[error("no broker is reachable there: {0}")]
+    Unreachable(Errno),
+    /// The socket belongs to somebody whose memory must not become this process's heap.
+    #[error("the broker runs as user {uid}, not as root or as this user: not trusted")]
+    Untrusted {
+        /// The broker's user.
+        uid: u32,
+    },
+    /// The broker turned us away.
+    #[error("{code} (protocol version {broker_version} there)")]
+    Refused {
+        /// Why.
+        code: RefusedCode,
+        /// The broker's protocol version.
+        broker_version: u16,
+    },
+    /// Connected, but the broker did not answer in two seconds.
+    #[error("the broker does not answer")]
+    Silent,
+    /// The welcome lacks descriptors or has impossible values.
+    #[error("the broker's welcome is unusable")]
+    Welcome,
+    /// The client page could not be mapped.
+    #[error("mapping the client page failed: {0}")]
+    Page(Errno),
+    /// The conversation broke.
+    #[error(transparent)]
+    Conversation(#[from] ClientError),
+}
+
+/// Why a conversation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// The socket broke. Leases stay valid for as long as the client page is mapped.
+    #[error("the connection to the broker broke: {0}")]
+    Socket(#[from] SocketError),
+    /// A message that has no place here.
+    #[error("the broker sent a message that has no place here")]
+    Unexpected,
+}
+
+impl From<Errno> for ClientError {
+    fn from(errno: Errno) -> Self {
+        Self::Socket(errno.into())
+    }
+}
+
+/// What the broker hands a new client.
+pub struct Welcome {
+    /// The file that shows the device's memory: a memfd, or `/dev/daxX.Y`.
+    pub window: OwnedFd,
+    /// Where the window starts in that file.
+    pub window_base: u64,
+    /// Bytes of the window, leased or not.
+    pub window_len: u64,
+    /// The DPA range that the window shows (`offset` is the first DPA).
+    pub dpa: WindowRange,
+    /// Unit of leases in bytes; always [`GRANULE`] in this version.
+    pub granule: u64,
+    /// The broker's number for this client.
+    pub client_id: u64,
+    /// The page that proves this process alive and carries its statistics.
+    pub page: ClientPageMapping,
+    /// An open `/dev/userfaultfd`, where the broker could open it for us.
+    pub userfaultfd: Option<OwnedFd>,
+}
+
+/// A message from the broker, after the welcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FromBroker {
+    /// Answer, or part of it, to a lease request.
+    Grant {
+        /// Leased from now on, reading as zero.
+        ranges: Ranges,
+        /// No more capacity now.
+        exhausted: bool,
+        /// Nothing more follows for this request.
+        last: bool,
+    },
+    /// Leases asked back.
+    Recall {
+        /// To be repeated in the answer.
+        id: u64,
+        /// Bytes asked for.
+        bytes: u64,
+        /// When the broker stops waiting, from receipt.
+        deadline: Duration,
+        /// If not empty: only these ranges help.
+        ranges: Ranges,
+        /// The device has taken the memory already (forced release).
+        lost: bool,
+    },
+    /// Asking for a lease is worth while again.
+    CapacityAvailable,
+}
+
+/// What a client did about a recall; see [`Kind::RecallAnswer`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecallOutcome {
+    /// Bytes returned that were idle, or became so by purging the engine.
+    pub purged: u64,
+    /// Bytes returned by moving live data elsewhere.
+    pub rebound: u64,
+    /// Bytes not returned.
+    pub refused: u64,
+    /// Why not.
+    pub reason: RefusalReason,
+}
+
+/// The connection. Sending is atomic per message, so threads may share it;
+/// receiving is for one thread.
+#[derive(Debug)]
+pub struct BrokerClient {
+    socket: OwnedFd,
+}
+
+impl BrokerClient {
+    /// Connects to the broker at `path`, shakes hands and maps the client page.
+    /// `run_id` names the `dcm run` that this process belongs to (0: none).
+    pub fn connect(path: &CStr, run_id: u128) -> Result<(Self, Welcome), ConnectError> {
+        let client = Self::open(path)?;
+        client.send(&hello(Role::Client, run_id), &[])?;
+        let mut fds = Descriptors::default();
+        let message = client.answer(&mut fds)?;
+        let [window, page, userfaultfd] = fds.0;
+        let (Some(window), Some(page)) = (window, page) else {
+            return Err(ConnectError::Welcome);
+        };
+        let dpa = message.ranges();
+        let &[dpa] = dpa.as_slice() else {
+            return Err(ConnectError::Welcome);
+        };
+        let welcome = Welcome {
+            window,
+            window_base: message.arg(3),
+            window_len: message.arg(0),
+            dpa,
+            granule: message.arg(1),
+            client_id: message.arg(2),
+            page: ClientPageMapping::map(&page).map_err(ConnectError::Page)?,
+            userfaultfd: userfaultfd.filter(|_| message.flags() & WELCOME_USERFAULTFD != 0),
+        };
+        if welcome.granule != GRANULE || welcome.window_len == 0 {
+            return Err(ConnectError::Welcome);
+        }
+        Ok((client, welcome))
+    }
+
+    /// Connects in the admin role: requests and replies travel as memfds.
+    pub(crate) fn connect_admin(path: &CStr) -> Result<Self, ConnectError> {
+        let client = Self::open(path)?;
+        client.send(&hello(Role::Admin, 0), &[])?;
+        client.answer(&mut Descriptors::default())?;
+        Ok(client)
+    }
+
+    fn open(path: &CStr) -> Result<Self, ConnectError> {
+        let address = SocketAddrUnix::new(path).map_err(|_| ConnectError::Path)?;
+        let socket = socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(ClientError::from)?;
+        // Also bounds connect(2), which waits while the broker's backlog is full.
+        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).map_err(ClientError::from)?;
+        loop {
+            match connect(&socket, &address) {
+                Ok(()) | Err(Errno::ISCONN) => break,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Err(ConnectError::Silent),
+                Err(errno) => return Err(ConnectError::Unreachable(errno)),
+            }
+        }
+        let broker = Peer::of(&socket).map_err(ClientError::from)?;
+        let own = rustix::process::geteuid().as_raw();
+        if broker.uid != 0 && broker.uid != own {
+            return Err(ConnectError::Untrusted { uid: broker.uid });
+        }
+        Ok(Self { socket })
+    }
+
+    /// The answer to a hello: a welcome, or the reason for none.
+    fn answer(&self, fds: &mut Descriptors) -> Result<Message, ConnectError> {
+        let Some(message) = self.receive(Some(PATIENCE), fds)? else {
+            return Err(ConnectError::Silent);
+        };
+        match message.kind() {
+            Some(Kind::Welcome) => Ok(message),
+            Some(Kind::Refused) => Err(ConnectError::Refused {
+                code: RefusedCode::from_wire(message.arg(0)),
+                broker_version: message.version(),
+            }),
+            _ => Err(ConnectError::Welcome),
+        }
+    }
+
+    /// The socket, for poll(2).
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Asks for `bytes` of capacity; grants follow through [`Self::recv`].
+    pub fn request_lease(&self, bytes: u64) -> Result<(), ClientError> {
+        self.send(&Message::new(Kind::Lease).with_arg(0, bytes), &[])
+    }
+
+    /// Gives `ranges` back, in as many messages as they need. The caller has
+    /// unmapped them everywhere: the broker wipes them at once.
+    pub fn return_ranges(&self, ranges: &[WindowRange]) -> Result<(), ClientError> {
+        for chunk in ranges.chunks(MAX_RANGES) {
+            self.send(&Message::new(Kind::Return).with_ranges(chunk), &[])?;
+        }
+        Ok(())
+    }
+
+    /// Says what came of recall `id`, after what it returned. `refused` may
+    /// name ranges that stay; those beyond [`MAX_RANGES`] go unnamed.
+    pub fn answer_recall(
+        &self,
+        id: u64,
+        outcome: RecallOutcome,
+        refused: &[WindowRange],
+    ) -> Result<(), ClientError> {
+        let named = &refused[..refused.len().min(MAX_RANGES)];
+        let message = Message::new(Kind::RecallAnswer)
+            .with_id(id)
+            .with_arg(0, outcome.purged)
+            .with_arg(1, outcome.rebound)
+            .with_arg(2, outcome.refused)
+            .with_arg(3, outcome.reason as u64)
+            .with_ranges(named);
+        self.send(&message, &[])
+    }
+
+    /// The next message; `None` when none came within `timeout` (`None`: no limit).
+    pub fn recv(&self, timeout: Option<Duration>) -> Result<Option<FromBroker>, ClientError> {
+        let Some(message) = self.receive(timeout, &mut Descriptors::default())? else {
+            return Ok(None);
+        };
+        let flags = message.flags();
+        Ok(Some(match message.kind() {
+            Some(Kind::Grant) => FromBroker::Grant {
+                ranges: message.ranges(),
+                exhausted: flags & GRANT_EXHAUSTED != 0,
+                last: flags & GRANT_LAST != 0,
+            },
+            Some(Kind::Recall) => FromBroker::Recall {
+                id: message.id(),
+                bytes: message.arg(0),
+                deadline: Duration::from_millis(message.arg(1)),
+                ranges: message.ranges(),
+                lost: flags & RECALL_LOST != 0,
+            },
+            Some(Kind::CapacityAvailable) => FromBroker::CapacityAvailable,
+            _ => return Err(ClientError::Unexpected),
+        }))
+    }
+
+    pub(crate) fn send(
+        &self,
+        message: &Message,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), ClientError> {
+        Ok(send_message(self.fd(), message, fds, SendFlags::empty())?)
+    }
+
+    pub(crate) fn receive(
+        &self,
+        timeout: Option<Duration>,
+        fds: &mut Descriptors,
+    ) -> Result<Option<Message>, ClientError> {
+        if !readable(self.fd(), timeout)? {
+            return Ok(None);
+        }
+        match receive_message(self.fd(), fds) {
+            Ok(message) => Ok(Some(message)),
+            Err(SocketError::System(Errno::AGAIN)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn hello(role: Role, run_id: u128) -> Message {
+    Message::new(Kind::Hello)
+        .with_arg(0, role as u64)
+        .with_arg(1, (run_id >> 64) as u64)
+        .with_arg(2, run_id as u64)
+}

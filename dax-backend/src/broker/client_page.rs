@@ -1,0 +1,214 @@
+//! The client page: one shared page per client that says two things.
+//!
+//! *Liveness.* The broker creates it as a memfd, the client maps it shared and
+//! writable and keeps no descriptor. Adding `F_SEAL_WRITE` (fcntl(2)) fails
+//! with `EBUSY` as long as any process maps it so, and success is therefore
+//! the proof that the last holder of the lease is gone, whatever closed, forked
+//! or killed whatever. The broker itself must never map it.
+//!
+//! *Statistics.* The client counts into it with relaxed atomics, the broker
+//! reads it with `pread`: status costs no message, and what a killed process
+//! had counted is still there.
+
+use std::ops::Deref;
+use std::os::fd::AsFd;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+
+/// Bytes of a client page.
+pub const PAGE_SIZE: usize = 4096;
+/// Layout version, in the first field.
+pub const PAGE_VERSION: u64 = 1;
+
+/// [`ClientPage::degraded_flags`]: allocations fell to DRAM because extents ran out.
+pub const DEGRADED_EXHAUSTED: u64 = 1 << 0;
+/// [`ClientPage::degraded_flags`]: no userfaultfd, so live memory can't be moved.
+pub const DEGRADED_NO_REBIND: u64 = 1 << 1;
+/// [`ClientPage::degraded_flags`]: the connection to the broker was lost.
+pub const DEGRADED_DISCONNECTED: u64 = 1 << 2;
+/// [`ClientPage::degraded_flags`]: the window could not be mapped.
+pub const DEGRADED_NO_WINDOW: u64 = 1 << 3;
+/// [`ClientPage::degraded_flags`]: the configuration had keys or values that were ignored.
+pub const DEGRADED_CONFIG: u64 = 1 << 4;
+
+macro_rules! client_page {
+    ($($(#[doc = $doc:literal])+ $field:ident,)+) => {
+        /// The page as the client maps it: counters, 8 bytes each, in this order.
+        #[repr(C)]
+        pub struct ClientPage {
+            $($(#[doc = $doc])+ pub $field: AtomicU64,)+
+        }
+
+        /// What a [`ClientPage`] said at one moment.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+        pub struct ClientStats {
+            $($(#[doc = $doc])+ pub $field: u64,)+
+        }
+
+        impl ClientPage {
+            /// Copies the counters out, one by one (not as one atomic snapshot).
+            pub fn snapshot(&self) -> ClientStats {
+                ClientStats { $($field: self.$field.load(Ordering::Relaxed),)+ }
+            }
+        }
+
+        impl ClientStats {
+            /// Reads the counters from the bytes of a page; fields that a short read misses are 0.
+            pub fn from_bytes(bytes: &[u8]) -> Self {
+                let (words, _) = bytes.as_chunks::<8>();
+                let mut words = words.iter().map(|word| u64::from_ne_bytes(*word));
+                Self { $($field: words.next().unwrap_or(0),)+ }
+            }
+        }
+    };
+}
+
+client_page! {
+    /// [`PAGE_VERSION`], written by the broker.
+    version,
+    /// Process id of the client, as it sees itself.
+    pid,
+    /// Incremented by the client when it starts anew on the same page (after fork).
+    generation,
+    /// Bytes of live objects on extents.
+    extent_live_bytes,
+    /// Bytes of granules backed by extents.
+    extent_held_bytes,
+    /// Bytes of live objects in DRAM.
+    dram_live_bytes,
+    /// Bytes of granules backed by DRAM.
+    dram_granule_bytes,
+    /// Highest `extent_live_bytes`.
+    extent_live_peak,
+    /// Highest `extent_held_bytes`.
+    extent_held_peak,
+    /// Highest `dram_live_bytes`.
+    dram_live_peak,
+    /// Highest `dram_granule_bytes`.
+    dram_granule_peak,
+    /// Granules backed by extents.
+    granules_extent,
+    /// Granules backed by DRAM.
+    granules_dram,
+    /// Grants received.
+    grants,
+    /// Ranges returned.
+    returns,
+    /// Recalls received.
+    recalls,
+    /// Bytes that recalls asked for.
+    recall_bytes_asked,
+    /// Bytes returned on recalls.
+    recall_bytes_returned,
+    /// Bytes refused on recalls.
+    recall_bytes_refused,
+    /// Granules moved from extents to DRAM or other extents.
+    evacuated_granules,
+    /// Granules moved from DRAM to extents.
+    promoted_granules,
+    /// Granules spilled to a file.
+    spilled_granules,
+    /// Times that extents ran out.
+    exhausted_count,
+    /// Configuration keys that were not understood.
+    config_unknown_keys,
+    /// Arenas.
+    arenas,
+    /// Longest time that a move of a granule kept it inaccessible, in ns.
+    move_stall_max_ns,
+    /// `DEGRADED_*` bits.
+    degraded_flags,
+    /// Highest sum of live bytes on extents and in DRAM.
+    heap_live_peak_total,
+    /// Share of that peak on extents, in basis points (10,000 = all).
+    extent_share_at_peak,
+}
+
+const _: () = assert!(size_of::<ClientPage>() <= PAGE_SIZE);
+const _: () = assert!(size_of::<ClientPage>() == size_of::<ClientStats>());
+
+/// A mapped client page. Dropping it unmaps the page, which ends the lease: a
+/// heap keeps it for the life of the process.
+pub struct ClientPageMapping {
+    page: NonNull<ClientPage>,
+}
+
+// SAFETY: the page is only reached through `&ClientPage`, whose fields are atomics.
+unsafe impl Send for ClientPageMapping {}
+// SAFETY: as above.
+unsafe impl Sync for ClientPageMapping {}
+
+impl ClientPageMapping {
+    /// Maps `page` (a memfd of at least [`PAGE_SIZE`] bytes) and keeps it from
+    /// forked children, which hold no lease of their parent's.
+    pub fn map(page: impl AsFd) -> Result<Self, Errno> {
+        // A shorter file would raise SIGBUS at the first count.
+        let stat = rustix::fs::fstat(&page)?;
+        if stat.st_size < PAGE_SIZE as i64 {
+            return Err(Errno::INVAL);
+        }
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let address = unsafe {
+            mmap(
+                ptr::null_mut(),
+                PAGE_SIZE,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                page,
+                0,
+            )
+        }?;
+        let mapping = Self {
+            page: NonNull::new(address.cast()).ok_or(Errno::FAULT)?,
+        };
+        // SAFETY: exactly the mapping made above; children not inheriting it breaks nothing.
+        unsafe { madvise(address, PAGE_SIZE, Advice::LinuxDontFork) }?;
+        Ok(mapping)
+    }
+}
+
+impl Deref for ClientPageMapping {
+    type Target = ClientPage;
+
+    fn deref(&self) -> &ClientPage {
+        // SAFETY: mapped readable and writable until drop, page-aligned, large
+        // enough (asserted above), and every bit pattern is a valid atomic.
+        unsafe { self.page.as_ref() }
+    }
+}
+
+impl Drop for ClientPageMapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map`, and the borrow checker has ended all references.
+        let _ = unsafe { munmap(self.page.as_ptr().cast(), PAGE_SIZE) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    #[test]
+    fn counters_written_by_the_client_are_read_by_pread() {
+        let fd = memfd_create("page", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, PAGE_SIZE as u64).unwrap();
+        let page = ClientPageMapping::map(&fd).unwrap();
+        page.pid.store(41, Ordering::Relaxed);
+        page.extent_share_at_peak.store(9_950, Ordering::Relaxed);
+        let mut bytes = [0; PAGE_SIZE];
+        rustix::io::pread(&fd, &mut bytes, 0).unwrap();
+        let stats = ClientStats::from_bytes(&bytes);
+        assert_eq!((stats.pid, stats.extent_share_at_peak), (41, 9_950));
+        assert_eq!(stats, page.snapshot());
+    }
+
+    #[test]
+    fn a_file_too_short_is_refused_instead_of_raising_sigbus() {
+        let fd = memfd_create("page", MemfdFlags::CLOEXEC).unwrap();
+        assert_eq!(ClientPageMapping::map(&fd).err(), Some(Errno::INVAL));
+    }
+}

@@ -1,0 +1,481 @@
+//! What travels between broker and clients: one message type of fixed size.
+//!
+//! The socket is `SOCK_SEQPACKET`, so that a message arrives whole or not at
+//! all and neither end needs a buffer that grows. Offsets are bytes into the
+//! *window* (DPA minus the lowest Dynamic Capacity base of the device) and
+//! multiples of [`GRANULE`]. `magic`, `version` and `kind` keep their place in
+//! every version, so that two versions can at least refuse each other by name.
+#![forbid(unsafe_code)]
+
+use thiserror::Error;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Bytes of one granule, the unit of leases: 2 MiB.
+pub const GRANULE: u64 = 2 << 20;
+/// First four bytes of every message: `DCM1`, read as little-endian.
+pub const MAGIC: u32 = u32::from_le_bytes(*b"DCM1");
+/// Version of this protocol; both ends must agree.
+pub const VERSION: u16 = 1;
+/// Ranges that fit into one message.
+pub const MAX_RANGES: usize = 28;
+
+/// [`Kind::Welcome`]: a third descriptor, `/dev/userfaultfd`, came along.
+pub const WELCOME_USERFAULTFD: u32 = 1 << 0;
+/// [`Kind::Grant`]: nothing more can be granted now; [`Kind::CapacityAvailable`] follows when it can.
+pub const GRANT_EXHAUSTED: u32 = 1 << 0;
+/// [`Kind::Grant`]: last message of the answer to one [`Kind::Lease`].
+pub const GRANT_LAST: u32 = 1 << 1;
+/// [`Kind::Recall`]: the device has already taken the memory; there is nothing left to copy.
+pub const RECALL_LOST: u32 = 1 << 0;
+
+/// What a message says. Broker to client has the top bit of the low byte set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Kind {
+    /// arg0 role ([`Role`]), arg1/arg2 run id (high, low half; 0 if none).
+    Hello = 0x01,
+    /// arg0 bytes wanted. Answered by one or more grants, the last with [`GRANT_LAST`].
+    Lease = 0x02,
+    /// ranges: given back; the client does not map them any more.
+    Return = 0x03,
+    /// id of the recall; arg0 bytes returned idle or purged, arg1 by rebind,
+    /// arg2 bytes refused, arg3 reason ([`RefusalReason`]); ranges (optional):
+    /// what is refused. What is returned travels in [`Kind::Return`] before it.
+    RecallAnswer = 0x04,
+    /// One descriptor: a memfd with a JSON request. Admin role only.
+    AdminRequest = 0x05,
+    /// arg0 window length, arg1 granule, arg2 client id, arg3 offset of the
+    /// window in its file; ranges\[0\]: the DPA range it shows. Descriptors:
+    /// window, client page, and `/dev/userfaultfd` if [`WELCOME_USERFAULTFD`].
+    Welcome = 0x81,
+    /// arg0 [`RefusedCode`], arg1 the broker's protocol version.
+    Refused = 0x82,
+    /// arg0 bytes in this message, ranges: leased from now on, reading as zero.
+    Grant = 0x83,
+    /// id; arg0 bytes asked back, arg1 deadline in ms; ranges (optional): just these.
+    Recall = 0x84,
+    /// Asking for a lease is worth while again.
+    CapacityAvailable = 0x85,
+    /// One descriptor: a memfd with a JSON note on a request under way.
+    AdminProgress = 0x86,
+    /// arg0 0 ok, 1 error. One descriptor: a memfd with the JSON reply.
+    AdminReply = 0x87,
+}
+
+impl Kind {
+    fn from_wire(value: u16) -> Option<Self> {
+        Some(match value {
+            0x01 => Self::Hello,
+            0x02 => Self::Lease,
+            0x03 => Self::Return,
+            0x04 => Self::RecallAnswer,
+            0x05 => Self::AdminRequest,
+            0x81 => Self::Welcome,
+            0x82 => Self::Refused,
+            0x83 => Self::Grant,
+            0x84 => Self::Recall,
+            0x85 => Self::CapacityAvailable,
+            0x86 => Self::AdminProgress,
+            0x87 => Self::AdminReply,
+            _ => return None,
+        })
+    }
+}
+
+/// What a connection is for; arg0 of [`Kind::Hello`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Role {
+    /// A process that takes leases.
+    Client = 0,
+    /// `dcm`: status, add, release.
+    Admin = 1,
+}
+
+/// Why a broker turned a connection away; arg0 of [`Kind::Refused`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+#[repr(u64)]
+pub enum RefusedCode {
+    /// The protocol versions differ.
+    #[error("the broker speaks another protocol version")]
+    Version = 1,
+    /// `SO_PEERCRED` says that this user is not admitted.
+    #[error("the broker does not admit this user; it serves its own user and root")]
+    User = 2,
+    /// The first message was no valid hello.
+    #[error("the broker could not read the hello")]
+    Malformed = 3,
+    /// The broker ran out of descriptors or memory for another client.
+    #[error("the broker has no room for another client")]
+    Full = 4,
+    /// A code of a later version.
+    #[error("the broker gave a reason this version does not know")]
+    Unknown = u64::MAX,
+}
+
+impl RefusedCode {
+    /// The code of `arg0`.
+    pub fn from_wire(value: u64) -> Self {
+        match value {
+            1 => Self::Version,
+            2 => Self::User,
+            3 => Self::Malformed,
+            4 => Self::Full,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// Why capacity stayed where it was; arg3 of [`Kind::RecallAnswer`] and a receipt's `reason`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+#[repr(u64)]
+pub enum RefusalReason {
+    /// Live data is in it, and the client has no way to move it.
+    #[error("live data is in it")]
+    Live = 1,
+    /// The program pinned it.
+    #[error("pinned by the program")]
+    Pinned = 2,
+    /// Moving it to DRAM would exceed the client's limit.
+    #[error("the client's DRAM limit is reached")]
+    DramLimit = 3,
+    /// The program changed the mapping (mprotect, mlock, protection key).
+    #[error("the program changed its mapping")]
+    Remapped = 4,
+    /// The client could not move it now (a fork under way, no userfaultfd).
+    #[error("the client could not move it")]
+    CannotMove = 5,
+    /// The client did not answer by the deadline.
+    #[error("the client did not answer by the deadline")]
+    Deadline = 6,
+    /// The client's socket is closed, but a process still maps its memory.
+    #[error("its client closed the connection and still maps it")]
+    Unreachable = 7,
+    /// The range is no accepted capacity of this broker.
+    #[error("not accepted capacity")]
+    NotAccepted = 8,
+    /// Capacity of one tag goes back whole, and part of it is in use.
+    #[error("capacity of its tag goes back whole, and part of that is in use")]
+    TagInUse = 9,
+    /// Shares a device block with capacity in use.
+    #[error("shares a device block with capacity in use")]
+    BlockInUse = 10,
+    /// The device refused or failed the release command.
+    #[error("the device did not take it")]
+    Device = 11,
+    /// A client answered with a reason this version does not know.
+    #[error("for a reason this version does not know")]
+    Unknown = u64::MAX,
+}
+
+impl RefusalReason {
+    /// The reason of `arg3`; 0 (none given) reads as [`RefusalReason::Live`].
+    pub fn from_wire(value: u64) -> Self {
+        match value {
+            0 | 1 => Self::Live,
+            2 => Self::Pinned,
+            3 => Self::DramLimit,
+            4 => Self::Remapped,
+            5 => Self::CannotMove,
+            6 => Self::Deadline,
+            7 => Self::Unreachable,
+            8 => Self::NotAccepted,
+            9 => Self::TagInUse,
+            10 => Self::BlockInUse,
+            11 => Self::Device,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// Bytes of the window: offset and length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct WindowRange {
+    /// First byte, counted from the window's start.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl WindowRange {
+    /// First byte after the range; saturating, since a peer may send anything.
+    pub fn end(&self) -> u64 {
+        self.offset.saturating_add(self.len)
+    }
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireRange {
+    offset: U64,
+    len: U64,
+}
+
+/// One message, 512 bytes, little-endian.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Message {
+    magic: U32,
+    version: U16,
+    kind: U16,
+    id: U64,
+    arg: [U64; 4],
+    count: U32,
+    flags: U32,
+    ranges: [WireRange; MAX_RANGES],
+    reserved: U64,
+}
+
+const _: () = assert!(size_of::<Message>() == 512);
+
+/// Bytes of a [`Message`].
+pub const MESSAGE_SIZE: usize = size_of::<Message>();
+
+/// Why received bytes are no message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ProtocolError {
+    /// Not 512 bytes.
+    #[error("a message has {MESSAGE_SIZE} bytes, this has {0}")]
+    Length(usize),
+    /// The magic is missing: the peer is something else.
+    #[error("not a dcmalloc message (magic {0:#010x})")]
+    Magic(u32),
+    /// Another protocol version.
+    #[error("protocol version {theirs}, this side speaks {VERSION}: use matching releases")]
+    Version {
+        /// What the peer sent.
+        theirs: u16,
+    },
+    /// A kind this version does not know.
+    #[error("unknown message kind {0:#06x}")]
+    Kind(u16),
+    /// More ranges than a message holds.
+    #[error("{0} ranges in one message, at most {MAX_RANGES} fit")]
+    Count(u32),
+}
+
+impl Message {
+    /// An otherwise empty message of `kind`.
+    pub fn new(kind: Kind) -> Self {
+        let mut message = Self::new_zeroed();
+        message.magic = MAGIC.into();
+        message.version = VERSION.into();
+        message.kind = (kind as u16).into();
+        message
+    }
+
+    /// Sets the number that ties an answer to its question.
+    pub fn with_id(mut self, id: u64) -> Self {
+        self.id = id.into();
+        self
+    }
+
+    /// Sets argument `index` (0-3).
+    pub fn with_arg(mut self, index: usize, value: u64) -> Self {
+        self.arg[index] = value.into();
+        self
+    }
+
+    /// Sets the flags; their meaning depends on the kind.
+    pub fn with_flags(mut self, flags: u32) -> Self {
+        self.flags = flags.into();
+        self
+    }
+
+    /// Sets the ranges; those beyond [`MAX_RANGES`] are left out, so callers chunk.
+    pub fn with_ranges(mut self, ranges: &[WindowRange]) -> Self {
+        debug_assert!(ranges.len() <= MAX_RANGES);
+        for (wire, range) in self.ranges.iter_mut().zip(ranges) {
+            wire.offset = range.offset.into();
+            wire.len = range.len.into();
+        }
+        self.count = (ranges.len().min(MAX_RANGES) as u32).into();
+        self
+    }
+
+    /// Checks `bytes` and reads them.
+    ///
+    /// [`Kind::Hello`] and [`Kind::Refused`] are read whatever their version is,
+    /// because they are how two versions tell each other.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ProtocolError> {
+        let message =
+            Self::read_from_bytes(bytes).map_err(|_| ProtocolError::Length(bytes.len()))?;
+        if message.magic.get() != MAGIC {
+            return Err(ProtocolError::Magic(message.magic.get()));
+        }
+        let kind = Kind::from_wire(message.kind.get());
+        if message.version.get() != VERSION && !matches!(kind, Some(Kind::Hello | Kind::Refused)) {
+            return Err(ProtocolError::Version {
+                theirs: message.version.get(),
+            });
+        }
+        if kind.is_none() {
+            return Err(ProtocolError::Kind(message.kind.get()));
+        }
+        if message.count.get() as usize > MAX_RANGES {
+            return Err(ProtocolError::Count(message.count.get()));
+        }
+        Ok(message)
+    }
+
+    /// The message as it travels.
+    pub fn bytes(&self) -> &[u8] {
+        self.as_bytes()
+    }
+
+    /// What the message says.
+    pub fn kind(&self) -> Option<Kind> {
+        Kind::from_wire(self.kind.get())
+    }
+
+    /// Protocol version of the sender.
+    pub fn version(&self) -> u16 {
+        self.version.get()
+    }
+
+    /// The number that ties an answer to its question.
+    pub fn id(&self) -> u64 {
+        self.id.get()
+    }
+
+    /// Argument `index` (0-3).
+    pub fn arg(&self, index: usize) -> u64 {
+        self.arg[index].get()
+    }
+
+    /// The flags.
+    pub fn flags(&self) -> u32 {
+        self.flags.get()
+    }
+
+    /// The ranges, copied out.
+    pub fn ranges(&self) -> Ranges {
+        let mut ranges = Ranges::default();
+        let count = (self.count.get() as usize).min(MAX_RANGES);
+        for wire in &self.ranges[..count] {
+            ranges.push(WindowRange {
+                offset: wire.offset.get(),
+                len: wire.len.get(),
+            });
+        }
+        ranges
+    }
+}
+
+/// Up to [`MAX_RANGES`] ranges, inline: a list that never allocates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ranges {
+    items: [WindowRange; MAX_RANGES],
+    count: usize,
+}
+
+impl Default for Ranges {
+    fn default() -> Self {
+        Self {
+            items: [WindowRange { offset: 0, len: 0 }; MAX_RANGES],
+            count: 0,
+        }
+    }
+}
+
+impl Ranges {
+    /// Appends `range`; `false` when the list is full.
+    pub fn push(&mut self, range: WindowRange) -> bool {
+        if self.count == MAX_RANGES {
+            return false;
+        }
+        self.items[self.count] = range;
+        self.count += 1;
+        true
+    }
+
+    /// The ranges.
+    pub fn as_slice(&self) -> &[WindowRange] {
+        &self.items[..self.count]
+    }
+
+    /// Bytes in all ranges.
+    pub fn bytes(&self) -> u64 {
+        self.as_slice()
+            .iter()
+            .fold(0, |sum, range| sum.saturating_add(range.len))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn message_round_trips_every_field() {
+        let ranges: Vec<_> = (0..MAX_RANGES as u64)
+            .map(|i| WindowRange {
+                offset: i * GRANULE,
+                len: GRANULE,
+            })
+            .collect();
+        let sent = Message::new(Kind::Grant)
+            .with_id(7)
+            .with_arg(0, 1)
+            .with_arg(3, u64::MAX)
+            .with_flags(GRANT_LAST)
+            .with_ranges(&ranges);
+        assert_eq!(sent.bytes().len(), 512);
+        let read = Message::parse(sent.bytes()).unwrap();
+        assert_eq!(read.kind(), Some(Kind::Grant));
+        assert_eq!(
+            (read.id(), read.arg(0), read.arg(1), read.arg(3)),
+            (7, 1, 0, u64::MAX)
+        );
+        assert_eq!(read.flags(), GRANT_LAST);
+        assert_eq!(read.ranges().as_slice(), ranges);
+        assert_eq!(read.ranges().bytes(), 28 * GRANULE);
+    }
+
+    #[test]
+    fn layout_is_what_the_protocol_says() {
+        let m = Message::new(Kind::Recall)
+            .with_id(0x0102)
+            .with_arg(1, 9)
+            .with_flags(5)
+            .with_ranges(&[WindowRange { offset: 3, len: 4 }]);
+        let bytes = m.bytes();
+        assert_eq!(&bytes[..8], b"DCM1\x01\x00\x84\x00");
+        assert_eq!(bytes[8..10], [2, 1]);
+        assert_eq!(bytes[24], 9);
+        assert_eq!((bytes[48], bytes[52], bytes[56], bytes[64]), (1, 5, 3, 4));
+    }
+
+    #[test]
+    fn each_malformed_message_has_its_own_error() {
+        let good = Message::new(Kind::Lease);
+        let edit = |at: usize, value: u8| {
+            let mut bytes = good.bytes().to_vec();
+            bytes[at] = value;
+            Message::parse(&bytes).err()
+        };
+        assert_eq!(
+            Message::parse(&good.bytes()[..511]).err(),
+            Some(ProtocolError::Length(511))
+        );
+        assert!(matches!(edit(0, 0), Some(ProtocolError::Magic(_))));
+        assert_eq!(edit(4, 9), Some(ProtocolError::Version { theirs: 9 }));
+        assert_eq!(edit(6, 0x70), Some(ProtocolError::Kind(0x70)));
+        assert_eq!(edit(48, 29), Some(ProtocolError::Count(29)));
+        assert_eq!(edit(48, 28), None);
+    }
+
+    #[test]
+    fn hello_and_refused_are_read_in_any_version() {
+        for kind in [Kind::Hello, Kind::Refused] {
+            let mut bytes = Message::new(kind).bytes().to_vec();
+            bytes[4] = 77;
+            assert_eq!(Message::parse(&bytes).unwrap().version(), 77);
+        }
+    }
+}
