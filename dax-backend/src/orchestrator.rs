@@ -1,0 +1,51 @@
+//! Asking for capacity, which CXL leaves to the fabric manager.
+//!
+//! There is no command by which a host asks its device for more: whoever wants capacity asks
+//! an orchestrator (FM-API 5604h/5605h, Redfish, QMP, or the software device's fabric side),
+//! and the answer comes as an event of the device, perhaps smaller, perhaps never.
+
+#![forbid(unsafe_code)]
+
+use thiserror::Error;
+
+use crate::address::DpaRange;
+use crate::extent::{Extent, ExtentTag};
+
+/// Whoever adds capacity to the device, and takes it away.
+pub trait Orchestrator: Send {
+    /// Offers one extent for each of `sizes` (bytes) to the host, all in one More group.
+    /// Returns what was offered; the host has not answered yet.
+    ///
+    /// # Errors
+    /// [`OrchestratorError`]: nothing was offered.
+    fn add(&mut self, sizes: &[u64], tag: ExtentTag) -> Result<Vec<Extent>, OrchestratorError>;
+
+    /// Asks the host for `ranges` back, or with `forced` takes them at once.
+    ///
+    /// # Errors
+    /// [`OrchestratorError`]: nothing was asked.
+    fn release(&mut self, ranges: &[DpaRange], forced: bool) -> Result<(), OrchestratorError>;
+}
+
+/// Why an orchestrator did not do what was asked.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OrchestratorError {
+    /// The request makes no sense to the device.
+    #[error("the fabric refuses: {reason}")]
+    Refused {
+        /// In words, with the values that decide it.
+        reason: String,
+    },
+    /// There is not that much to give.
+    #[error("the fabric has no {wanted} bytes to give; {available} bytes are free")]
+    NoCapacity {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Bytes free.
+        available: u64,
+    },
+    /// The orchestrator could not be reached.
+    #[error("the fabric manager cannot be reached")]
+    Unreachable(#[source] std::io::Error),
+}
