@@ -1,0 +1,116 @@
+//! The threads that wait for a granule: written by the monitor, emptied by
+//! the mover, in fixed memory and without locks.
+#![forbid(unsafe_code)]
+
+use super::GRANULE;
+use core::ops::Range;
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
+
+/// How many waits are known at a time. When more threads wait than this, the
+/// rest is forgotten, all are woken, and those that must still wait report
+/// again.
+const SLOTS: usize = 128;
+
+struct Slot {
+    /// Address of the granule waited for; 0 when the slot is free.
+    granule: AtomicUsize,
+    /// When the monitor heard of it (CLOCK_MONOTONIC, nanoseconds).
+    since: AtomicU64,
+}
+
+impl Slot {
+    #[allow(
+        clippy::declare_interior_mutable_const,
+        reason = "an array's initial value"
+    )]
+    const FREE: Self = Self {
+        granule: AtomicUsize::new(0),
+        since: AtomicU64::new(0),
+    };
+}
+
+/// One thread fills slots and one frees them, so that neither needs more than
+/// a store.
+pub(super) struct Waiters {
+    slots: [Slot; SLOTS],
+    overflowed: AtomicBool,
+}
+
+impl Waiters {
+    pub(super) const fn new() -> Self {
+        Self {
+            slots: [const { Slot::FREE }; SLOTS],
+            overflowed: AtomicBool::new(false),
+        }
+    }
+
+    /// Monitor only: a thread began to wait for `address`.
+    pub(super) fn insert(&self, address: usize, now: u64) {
+        let free = self.slots.iter().find(|s| s.granule.load(Acquire) == 0);
+        let Some(slot) = free else {
+            self.overflowed.store(true, Release);
+            return;
+        };
+        slot.since.store(now, Relaxed);
+        slot.granule.store(address & !(GRANULE - 1), Release);
+    }
+
+    /// Mover only: takes the waits on a granule out; `each` gets the moment
+    /// every one of them began.
+    pub(super) fn remove(&self, granule: usize, mut each: impl FnMut(u64)) {
+        for slot in &self.slots {
+            if slot.granule.load(Acquire) == granule {
+                let since = slot.since.load(Relaxed);
+                slot.granule.store(0, Release);
+                each(since);
+            }
+        }
+    }
+
+    /// The granule in the range that a thread has waited for longest.
+    pub(super) fn longest(&self, range: Range<usize>) -> Option<usize> {
+        let waits = self.slots.iter().filter_map(|slot| {
+            let granule = slot.granule.load(Acquire);
+            let wanted = granule != 0 && range.contains(&granule);
+            wanted.then(|| (slot.since.load(Relaxed), granule))
+        });
+        waits.min().map(|(_, granule)| granule)
+    }
+
+    /// Mover only: whether waits were forgotten since the last call.
+    pub(super) fn take_overflow(&self) -> bool {
+        self.overflowed.swap(false, AcqRel)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_known_by_granule_and_the_longest_comes_first() {
+        let waiters = Waiters::new();
+        waiters.insert(5 * GRANULE + 4096, 30);
+        waiters.insert(3 * GRANULE, 20);
+        waiters.insert(5 * GRANULE + 8192, 10);
+        assert_eq!(waiters.longest(0..usize::MAX), Some(5 * GRANULE));
+        assert_eq!(waiters.longest(0..4 * GRANULE), Some(3 * GRANULE));
+        let mut began = Vec::new();
+        waiters.remove(5 * GRANULE, |since| began.push(since));
+        assert_eq!(began, [30, 10]);
+        assert_eq!(waiters.longest(0..usize::MAX), Some(3 * GRANULE));
+    }
+
+    #[test]
+    fn a_wait_too_many_is_said_once() {
+        let waiters = Waiters::new();
+        (1..=SLOTS).for_each(|i| waiters.insert(i * GRANULE, 0));
+        assert!(!waiters.take_overflow());
+        waiters.insert(GRANULE, 0);
+        assert!(waiters.take_overflow());
+        assert!(!waiters.take_overflow());
+        waiters.remove(GRANULE, |_| ());
+        waiters.insert(7 * GRANULE, 0);
+        assert!(!waiters.take_overflow());
+    }
+}
