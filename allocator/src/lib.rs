@@ -1,1 +1,33 @@
-//! placeholder
+//! An allocator over extents: memory that can be taken back while it is in use.
+//!
+//! | word | means |
+//! |---|---|
+//! | granule | 2 MiB of the allocator's addresses: the unit of backing and of moving ([`space`]) |
+//! | backing | what is behind a granule: nothing, an extent, DRAM |
+//! | window | the one shared mapping that all extents lie in |
+//! | lease | granules of the window that a source has lent ([`source`]) |
+//! | recall | a lease asked back |
+//! | tier | which backing an arena asks for: DRAM, or extents |
+//! | engine | jemalloc: size classes, thread caches, fork locking ([`engine`]) |
+//!
+//! The crate knows nothing of CXL: it declares [`source::ExtentSource`], the
+//! trait through which it gets capacity, and others implement it.
+
+pub mod config;
+pub mod engine;
+pub mod fork;
+mod global;
+pub mod heap;
+pub mod placement;
+mod service;
+pub mod source;
+pub mod space;
+pub mod stats;
+pub mod sync;
+
+pub use config::Config;
+pub use global::DcMalloc;
+pub use heap::Heap;
+pub use placement::{OnExhausted, Placement};
+pub use source::ExtentSource;
+pub use stats::Stats;

@@ -30,6 +30,7 @@
 //! touches a granule, nor allocates from one, and nobody forks while one is
 //! taken.
 
+mod copy;
 mod error;
 mod live;
 mod mapping;

@@ -1,5 +1,6 @@
 //! The thread that moves granules.
 
+use super::copy::copy_live;
 use super::error::{RebindError, StartError};
 use super::mapping::Mappings;
 use super::monitor::{Monitor, now};
@@ -8,11 +9,10 @@ use super::staging::{Spare, Staging, advise};
 use super::stall::StallHistogram;
 use super::taken::Taken;
 use super::uffd::Uffd;
-use super::{GRANULE, LivePages, Memory, Moved, PAGE, RUN, Step};
+use super::{GRANULE, Memory, Moved, PAGE, RUN, Step};
 use core::marker::PhantomData;
 use core::mem::ManuallyDrop;
 use core::ops::Range;
-use core::ptr::copy_nonoverlapping;
 use rustix::fd::BorrowedFd;
 use rustix::io::Errno;
 use rustix::mm::Advice;
@@ -113,9 +113,10 @@ impl Mover {
         let mut taken = unsafe { self.take(va, from) }?;
         let mut bytes_copied = 0;
         while let Some(i) = self.next(&taken) {
+            let cleared = spare.clear_now(i);
             // SAFETY: content and spare are whole granules; no thread knows
             // either but this one.
-            unsafe { copy_live(taken.content(i), spare.granule(i), steps[i].live) };
+            unsafe { copy_live(taken.content(i), spare.granule(i), steps[i].live, cleared) };
             // SAFETY: granule `i` waits, and its spare is filled.
             if let Err(errno) = unsafe { self.give(taken.granule(i), &mut spare, i) } {
                 // What it frees is what the kernel lacked.
@@ -298,15 +299,5 @@ impl Mover {
             i += same.len();
         }
         Ok(())
-    }
-}
-
-/// # Safety
-/// Both are whole granules that nobody else accesses.
-unsafe fn copy_live(from: *const u8, to: *mut u8, live: &LivePages) {
-    for pages in live.runs() {
-        let (at, len) = (pages.start * PAGE, pages.len() * PAGE);
-        // SAFETY: pages of a granule; the two do not overlap.
-        unsafe { copy_nonoverlapping(from.add(at), to.add(at), len) };
     }
 }

@@ -1,7 +1,7 @@
 //! A run of granules at an address that nobody else knows, where everything
 //! that can fail is done before a granule of the heap is touched.
 
-use super::{GRANULE, Memory, PAGE, RUN, Step};
+use super::{GRANULE, LivePages, Memory, PAGE, RUN, Step};
 use core::ffi::c_void;
 use core::ptr::null_mut;
 use rustix::io::Errno;
@@ -107,6 +107,25 @@ impl Staging {
         Ok(())
     }
 
+    /// Makes granule `i` anonymous memory, a huge page once it is touched.
+    fn map_huge(&mut self, i: usize) -> Result<(), Errno> {
+        // A kernel without huge pages refuses the advice.
+        let _ = advise(self.granule(i), GRANULE, Advice::LinuxHugepage);
+        allow_access(self.granule(i), GRANULE)
+    }
+
+    /// Makes granule `i` anonymous memory with the live pages present.
+    fn map_pages(&mut self, i: usize, live: &LivePages) -> Result<(), Errno> {
+        let at = self.granule(i);
+        // Before it is accessible, since mlockall(MCL_FUTURE) populates then.
+        let _ = advise(at, GRANULE, Advice::LinuxNoHugepage);
+        allow_access(at, GRANULE)?;
+        for pages in live.runs() {
+            populate(at + pages.start * PAGE, pages.len() * PAGE);
+        }
+        Ok(())
+    }
+
     fn duplicate(&mut self, i: usize, alias: usize) -> Result<(), Errno> {
         let to = self.granule(i);
         // SAFETY: an old size of 0 leaves the source as it is; the target is
@@ -138,12 +157,14 @@ impl Drop for Staging {
 #[derive(Debug)]
 pub struct Spare {
     pub(super) staging: Staging,
+    /// A bit per granule that is to be a huge page and has none yet.
+    huge: u32,
 }
 
 impl Spare {
-    /// Makes the memory that `steps` ask for, with its pages present: huge
-    /// pages where the system gives them, and for a granule of few live pages
-    /// in DRAM just those. The rest of such a granule reads as zeroes.
+    /// Makes the memory that `steps` ask for. A granule of DRAM that is mostly
+    /// live will be a huge page where the system gives one; otherwise just the
+    /// live pages are there, and the rest reads as zeroes.
     ///
     /// # Errors
     /// `ENOMEM` (address space, `vm.max_map_count`, overcommit), `EAGAIN`
@@ -153,41 +174,38 @@ impl Spare {
     /// Every [`Memory::Extent`] names a granule of a shared mapping.
     pub unsafe fn prepare(steps: &[Step<'_>]) -> Result<Self, Errno> {
         let mut staging = Staging::reserve(steps.len())?;
+        let mut huge = 0;
         for (i, step) in steps.iter().enumerate() {
             match step.to {
                 // SAFETY: the caller's.
                 Memory::Extent(alias) => unsafe { staging.map_extent(i, alias) }?,
-                Memory::Dram => dram(staging.granule(i), step)?,
+                Memory::Dram if step.live.count() < HUGE_FROM_PAGES => {
+                    staging.map_pages(i, step.live)?;
+                }
+                Memory::Dram => {
+                    staging.map_huge(i)?;
+                    huge |= 1 << i;
+                }
             }
         }
-        Ok(Self { staging })
+        Ok(Self { staging, huge })
+    }
+
+    /// Has the kernel clear the huge page of granule `i`, if it is one; says
+    /// so. Cleared right before it is filled, while it is in the cache, it
+    /// costs a third less than cleared with a whole run ahead.
+    pub(super) fn clear_now(&mut self, i: usize) -> bool {
+        let huge = self.huge & (1 << i) != 0;
+        if huge {
+            populate(self.staging.granule(i), GRANULE);
+        }
+        huge
     }
 
     /// The memory of granule `i`, which was not given yet.
     pub fn granule(&self, i: usize) -> *mut u8 {
         self.staging.granule(i) as *mut u8
     }
-}
-
-/// Makes a reserved granule anonymous memory with room for the live pages.
-fn dram(at: usize, step: &Step<'_>) -> Result<(), Errno> {
-    let huge = step.live.count() >= HUGE_FROM_PAGES;
-    // Advice first: under mlockall(MCL_FUTURE) the next step populates. A
-    // kernel without huge pages refuses it, and needs no advice.
-    let advice = match huge {
-        true => Advice::LinuxHugepage,
-        false => Advice::LinuxNoHugepage,
-    };
-    let _ = advise(at, GRANULE, advice);
-    allow_access(at, GRANULE)?;
-    if huge {
-        populate(at, GRANULE);
-    } else {
-        for pages in step.live.runs() {
-            populate(at + pages.start * PAGE, pages.len() * PAGE);
-        }
-    }
-    Ok(())
 }
 
 /// Faults pages in now, so that the copy does not. What cannot be populated

@@ -1,0 +1,269 @@
+//! Settings: `key:value,key:value`, in the style of jemalloc's `MALLOC_CONF`.
+//!
+//! [`KEYS`] is the one table of them; `dcm` checks against it and the
+//! documentation is made from it.
+#![forbid(unsafe_code)]
+
+use crate::placement::{OnExhausted, Placement};
+use core::fmt;
+
+/// A setting that can be named in `DCMALLOC_CONF`.
+#[derive(Clone, Copy, Debug)]
+pub struct Key {
+    /// Its name.
+    pub name: &'static str,
+    /// What values it takes.
+    pub values: &'static str,
+    /// What it is if nothing is said.
+    pub default: &'static str,
+    /// What it does.
+    pub help: &'static str,
+}
+
+const fn key(name: &'static str, values: &'static str, default: &'static str, help: &'static str) -> Key {
+    Key { name, values, default, help }
+}
+
+/// Every key.
+pub const KEYS: &[Key] = &[
+    key("placement", "dram | dc | size[=BYTES] | interleave=N", "size=64K", "where allocations go"),
+    key("on_exhausted", "dram | fail | wait=MS", "dram", "what an allocation does when no extent is left"),
+    key("decay", "MS", "250", "how long the engine keeps freed pages of extents"),
+    key("return_after", "MS", "500", "how long an unused granule is kept before it goes back to the broker"),
+    key("verbose", "true | false", "false", "whether the preloaded library may write to stderr"),
+];
+
+/// The settings of a heap.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// Where allocations go.
+    pub placement: Placement,
+    /// What happens when no extent is left.
+    pub on_exhausted: OnExhausted,
+    /// Milliseconds for which freed pages of extents stay with the engine.
+    pub decay_ms: u32,
+    /// Milliseconds for which an unused granule is kept.
+    pub return_after_ms: u32,
+    /// Whether anything may be written to stderr.
+    pub verbose: bool,
+}
+
+impl Config {
+    /// What holds if nothing is said.
+    pub const DEFAULT: Self = Self {
+        placement: Placement::Size(Placement::DEFAULT_THRESHOLD),
+        on_exhausted: OnExhausted::Dram,
+        decay_ms: 250,
+        return_after_ms: 500,
+        verbose: false,
+    };
+
+    /// Reads one `key:value` (or `key=value`); the last word on a key holds.
+    ///
+    /// # Errors
+    /// The key is none of [`KEYS`], or the value is none that it takes; the
+    /// settings are then as they were.
+    pub fn set<'a>(&mut self, item: &'a str) -> Result<(), ConfigError<'a>> {
+        let (name, value) = item
+            .split_once(':')
+            .ok_or(ConfigError::NoValue { item })
+            .map(|(name, value)| (name.trim(), value.trim()))?;
+        let bad = |expected| ConfigError::BadValue { name, value, expected };
+        let key = KEYS.iter().find(|key| key.name == name).ok_or(ConfigError::UnknownKey { name })?;
+        match name {
+            "placement" => self.placement = placement(value).ok_or(bad(key.values))?,
+            "on_exhausted" => self.on_exhausted = on_exhausted(value).ok_or(bad(key.values))?,
+            "decay" => self.decay_ms = value.parse().map_err(|_| bad(key.values))?,
+            "return_after" => self.return_after_ms = value.parse().map_err(|_| bad(key.values))?,
+            _ => self.verbose = value.parse().map_err(|_| bad(key.values))?,
+        }
+        Ok(())
+    }
+
+    /// Reads a whole string; what can't be read is skipped and counted.
+    pub fn read(text: &str) -> (Self, u32) {
+        let mut config = Self::DEFAULT;
+        let items = text.split(',').filter(|item| !item.trim().is_empty());
+        let refused = items.filter(|item| config.set(item).is_err()).count();
+        (config, refused as u32)
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
+/// Why a setting was refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum ConfigError<'a> {
+    /// There is no colon in it.
+    NoValue {
+        /// The text.
+        item: &'a str,
+    },
+    /// No key has that name.
+    UnknownKey {
+        /// The name.
+        name: &'a str,
+    },
+    /// The key does not take that value.
+    BadValue {
+        /// The key.
+        name: &'a str,
+        /// The value.
+        value: &'a str,
+        /// What it takes.
+        expected: &'static str,
+    },
+}
+
+impl ConfigError<'_> {
+    /// For an unknown key: the key whose name is nearest to it.
+    pub fn nearest(&self) -> Option<&'static str> {
+        let Self::UnknownKey { name } = self else { return None };
+        let distance = |key: &&Key| distance(key.name.as_bytes(), name.as_bytes());
+        KEYS.iter().min_by_key(distance).map(|key| key.name)
+    }
+}
+
+impl fmt::Display for ConfigError<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoValue { item } => write!(f, "setting `{item}` has no value: write key:value"),
+            Self::UnknownKey { name } => {
+                let nearest = self.nearest().unwrap_or_default();
+                write!(f, "unknown setting `{name}`: did you mean `{nearest}`?")
+            }
+            Self::BadValue { name, value, expected } => {
+                write!(f, "`{name}` does not take `{value}`: it takes {expected}")
+            }
+        }
+    }
+}
+
+impl core::error::Error for ConfigError<'_> {}
+
+/// A size in bytes: digits with K, M, G or T (powers of 1024) after them.
+pub fn parse_size(text: &str) -> Option<usize> {
+    let (digits, shift) = match text.as_bytes().last()?.to_ascii_uppercase() {
+        b'0'..=b'9' => (text, 0),
+        unit => (&text[..text.len() - 1], 10 * (1 + b"KMGT".iter().position(|&u| u == unit)?)),
+    };
+    if !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    digits.parse::<usize>().ok()?.checked_mul(1 << shift)
+}
+
+/// Smallest threshold: below a page nothing would be gained.
+const MIN_THRESHOLD: usize = 4096;
+
+fn placement(value: &str) -> Option<Placement> {
+    let (name, argument) = argument(value);
+    match (name, argument) {
+        ("dram", None) => Some(Placement::Dram),
+        ("dc", None) => Some(Placement::Dc),
+        ("size", None) => Some(Placement::default()),
+        ("size", Some(bytes)) => {
+            parse_size(bytes).filter(|&bytes| bytes >= MIN_THRESHOLD).map(Placement::Size)
+        }
+        ("interleave", Some(n)) => {
+            n.parse().ok().filter(|&n| n >= 2).map(Placement::Interleave)
+        }
+        _ => None,
+    }
+}
+
+fn on_exhausted(value: &str) -> Option<OnExhausted> {
+    match argument(value) {
+        ("dram", None) => Some(OnExhausted::Dram),
+        ("fail", None) => Some(OnExhausted::Fail),
+        ("wait", Some(ms)) => ms.parse().ok().map(OnExhausted::Wait),
+        _ => None,
+    }
+}
+
+/// `size:64K` and `size=64K` alike: a name, and what it is given.
+fn argument(value: &str) -> (&str, Option<&str>) {
+    match value.split_once([':', '=']) {
+        Some((name, argument)) => (name, Some(argument)),
+        None => (value, None),
+    }
+}
+
+/// Levenshtein distance of two short names.
+fn distance(a: &[u8], b: &[u8]) -> usize {
+    const MAX: usize = 64;
+    let b = &b[..b.len().min(MAX)];
+    let mut row: [usize; MAX + 1] = core::array::from_fn(|i| i);
+    for (i, x) in a.iter().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let change = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_is_documented() {
+        let (config, refused) =
+            Config::read("placement:size:1M,on_exhausted:wait:50,decay:10,return_after:0,verbose:true");
+        assert_eq!(refused, 0);
+        assert_eq!(config.placement, Placement::Size(1 << 20));
+        assert_eq!(config.on_exhausted, OnExhausted::Wait(50));
+        assert_eq!((config.decay_ms, config.return_after_ms, config.verbose), (10, 0, true));
+        assert_eq!(Config::read("").0, Config::DEFAULT);
+        for (text, placement) in [
+            ("placement:dc", Placement::Dc),
+            ("placement:dram", Placement::Dram),
+            ("placement:size", Placement::Size(64 << 10)),
+            ("placement:interleave=4", Placement::Interleave(4)),
+        ] {
+            assert_eq!(Config::read(text).0.placement, placement);
+        }
+    }
+
+    #[test]
+    fn the_defaults_are_the_documented_ones() {
+        for key in KEYS {
+            let mut config = Config::DEFAULT;
+            config.set(&format!("{}:{}", key.name, key.default)).unwrap();
+            assert_eq!(config, Config::DEFAULT, "{}", key.name);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_and_changes_nothing() {
+        let mut config = Config::DEFAULT;
+        let error = config.set("placment:dc").unwrap_err();
+        assert_eq!(error.to_string(), "unknown setting `placment`: did you mean `placement`?");
+        assert_eq!(ConfigError::UnknownKey { name: "on_exhaust" }.nearest(), Some("on_exhausted"));
+        for bad in ["placement:size=12Q", "placement:size=1", "placement:cxl", "on_exhausted:wait",
+                    "decay:-1", "verbose:yes", "verbose", "placement:interleave=1"] {
+            assert!(config.set(bad).is_err(), "{bad}");
+        }
+        assert_eq!(config, Config::DEFAULT);
+        assert_eq!(Config::read("x:y,placement:dc,decay:?").1, 2);
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("64K"), Some(65536));
+        assert_eq!(parse_size("1g"), Some(1 << 30));
+        assert_eq!(parse_size("12"), Some(12));
+        for bad in ["", "K", "1KK", "1X", "-1", "99999999999T", "1.5G"] {
+            assert_eq!(parse_size(bad), None, "{bad}");
+        }
+    }
+}

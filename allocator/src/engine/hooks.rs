@@ -1,0 +1,160 @@
+//! jemalloc's extent hooks over a [`Space`]: where its arenas get their pages.
+//!
+//! They run under jemalloc's locks, which fork takes too. So they never wait,
+//! never allocate, never touch `errno`, and talk to nobody: pages come from
+//! granules that are in the space already.
+
+use core::ffi::{c_uint, c_void};
+use core::ptr::null_mut;
+use core::sync::atomic::{AtomicU64, Ordering};
+use tikv_jemalloc_sys as je;
+
+use crate::space::{Space, Tier};
+use crate::sync::Signal;
+
+/// Bytes of pages that jemalloc took from the kernel before it had hooks, and
+/// still has: what was allocated before the heap started, in DRAM.
+static EARLY: AtomicU64 = AtomicU64::new(0);
+
+/// Remembers what jemalloc has when the hooks are set.
+pub(super) fn note_early(bytes: u64) {
+    EARLY.store(bytes, Ordering::Relaxed);
+}
+
+/// What of it is left.
+pub fn early_bytes() -> u64 {
+    EARLY.load(Ordering::Relaxed)
+}
+
+/// The hooks of all arenas that take pages of one tier from one space.
+#[repr(C)]
+pub struct Hooks {
+    /// First, so that jemalloc's pointer to it is a pointer to the whole.
+    table: je::extent_hooks_t,
+    space: &'static Space,
+    tier: Tier,
+    /// Raised when few unused granules are left.
+    low: &'static Signal,
+}
+
+// SAFETY: a table of functions, and references that may be shared.
+unsafe impl Sync for Hooks {}
+
+impl Hooks {
+    /// Hooks for `tier` of `space`; `low` is raised when the extents in it run short.
+    pub const fn new(space: &'static Space, tier: Tier, low: &'static Signal) -> Self {
+        let table = je::extent_hooks_t {
+            alloc: Some(alloc),
+            dalloc: Some(dalloc),
+            destroy: Some(destroy),
+            // Pages are usable as long as they are handed out.
+            commit: None,
+            decommit: None,
+            // A DC page can't be purged in place (MADV_DONTNEED on a shared
+            // mapping does not zero): purged pages are given back instead.
+            purge_lazy: None,
+            purge_forced: None,
+            split: Some(split),
+            merge: Some(merge),
+        };
+        Self { table, space, tier, low }
+    }
+
+    pub(super) fn as_jemalloc(&'static self) -> *const je::extent_hooks_t {
+        &raw const self.table
+    }
+
+    /// # Safety
+    /// jemalloc passed `table` to a hook, so it is one that `as_jemalloc` gave.
+    unsafe fn of(table: *mut je::extent_hooks_t) -> &'static Self {
+        // SAFETY: the table is the first field of a `Hooks` that lives for ever.
+        unsafe { &*table.cast::<Self>() }
+    }
+}
+
+unsafe extern "C" fn alloc(
+    table: *mut je::extent_hooks_t,
+    new_addr: *mut c_void,
+    size: usize,
+    alignment: usize,
+    zero: *mut bool,
+    commit: *mut bool,
+    _arena: c_uint,
+) -> *mut c_void {
+    // SAFETY: called by jemalloc.
+    let hooks = unsafe { Hooks::of(table) };
+    let run = if new_addr.is_null() {
+        hooks.space.alloc(hooks.tier, size, alignment)
+    } else {
+        hooks.space.alloc_at(hooks.tier, new_addr as usize, size)
+    };
+    if hooks.tier == Tier::Extent && hooks.space.runs_low() {
+        hooks.low.raise();
+    }
+    let Some(run) = run else { return null_mut() };
+    // SAFETY: jemalloc's own flags. `zero` promises zeroes, so it is said only
+    // of pages that nobody has written since they were lent or mapped.
+    unsafe {
+        *zero = run.zeroed;
+        *commit = true;
+    }
+    run.addr as *mut c_void
+}
+
+unsafe extern "C" fn dalloc(
+    table: *mut je::extent_hooks_t,
+    addr: *mut c_void,
+    size: usize,
+    _committed: bool,
+    _arena: c_uint,
+) -> bool {
+    // SAFETY: called by jemalloc.
+    let hooks = unsafe { Hooks::of(table) };
+    if hooks.space.contains(addr as usize) {
+        hooks.space.free(addr as usize, size);
+        return false;
+    }
+    let _ = EARLY.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |early| {
+        Some(early.saturating_sub(size as u64))
+    });
+    // SAFETY: from before the hooks were set, so jemalloc mapped it, and it
+    // gives it up now.
+    unsafe { rustix::mm::munmap(addr, size) }.is_err()
+}
+
+unsafe extern "C" fn destroy(
+    table: *mut je::extent_hooks_t,
+    addr: *mut c_void,
+    size: usize,
+    _committed: bool,
+    _arena: c_uint,
+) {
+    // SAFETY: called by jemalloc, with the same meaning.
+    unsafe { dalloc(table, addr, size, true, 0) };
+}
+
+/// Any piece of a run may stand alone: pages are booked one by one.
+unsafe extern "C" fn split(
+    _table: *mut je::extent_hooks_t,
+    _addr: *mut c_void,
+    _size: usize,
+    _size_a: usize,
+    _size_b: usize,
+    _committed: bool,
+    _arena: c_uint,
+) -> bool {
+    false
+}
+
+/// So may any neighbours go together.
+unsafe extern "C" fn merge(
+    _table: *mut je::extent_hooks_t,
+    _addr_a: *mut c_void,
+    _size_a: usize,
+    _addr_b: *mut c_void,
+    _size_b: usize,
+    _committed: bool,
+    _arena: c_uint,
+) -> bool {
+    false
+}

@@ -1,0 +1,319 @@
+//! A heap: a space, the engine's arenas over it, and who uses which.
+//!
+//! ```text
+//!  malloc ── automatic arena of the thread ──┐
+//!         └─ an arena on extents ───────────┴─ hooks ── space ── pool ◄── service ◄── source
+//! ```
+
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::time::Duration;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use crate::config::Config;
+use crate::engine::{self, ArenaIndex, Hooks, MAX_REQUEST};
+use crate::fork;
+use crate::placement::{OnExhausted, Placement};
+use crate::service::Service;
+use crate::source::ExtentSource;
+use crate::space::{GRANULE, Space, Tier};
+use crate::stats::Stats;
+use crate::sync::{Lock, Signal};
+
+/// jemalloc's own default, for DRAM.
+const DRAM_DECAY_MS: isize = 10_000;
+/// How long an allocation waits for an answer of a source that has not said
+/// that it is exhausted. A broker answers in well under a millisecond; this
+/// only bounds what a broker that hangs can do to a program.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+
+/// Arenas for extents where the engine's automatic ones are in DRAM, made when
+/// first needed; a thread takes that of the processor it runs on.
+struct Extra {
+    slots: [AtomicU32; engine::MAX_ARENAS],
+    making: Lock<()>,
+}
+
+impl Extra {
+    const fn new() -> Self {
+        Self { slots: [const { AtomicU32::new(0) }; engine::MAX_ARENAS], making: Lock::new(()) }
+    }
+
+    fn made(&self) -> impl Iterator<Item = ArenaIndex> + '_ {
+        self.slots.iter().filter_map(|slot| ArenaIndex::from_slot(slot.load(Ordering::Acquire)))
+    }
+}
+
+/// A heap for a whole process. It has no address and no thread until
+/// [`Heap::start`]; from then on it stays where it is.
+pub struct Heap {
+    space: Space,
+    hooks: OnceLock<[Hooks; 2]>,
+    extra: Extra,
+    config: OnceLock<Config>,
+    /// Requests below this many bytes go to the engine's automatic arenas.
+    direct_below: AtomicUsize,
+    service: Service,
+    /// Raised when unused granules run short, or a thread waits for some.
+    wanted: Signal,
+    exhausted: AtomicU64,
+    unknown_settings: AtomicU32,
+}
+
+impl Default for Heap {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Heap {
+    /// A heap that has not started.
+    pub const fn new() -> Self {
+        Self {
+            space: Space::new(),
+            hooks: OnceLock::new(),
+            extra: Extra::new(),
+            config: OnceLock::new(),
+            direct_below: AtomicUsize::new(usize::MAX),
+            service: Service::new(),
+            wanted: Signal::new(),
+            exhausted: AtomicU64::new(0),
+            unknown_settings: AtomicU32::new(0),
+        }
+    }
+
+    /// Starts the heap with its settings; until a source is attached, what
+    /// asks for extents gets DRAM. `false`: it has been started already, or
+    /// no addresses are to be had, and allocations stay with the engine.
+    pub fn start(&'static self, config: Config) -> bool {
+        if self.config.set(config).is_err() || self.space.open().is_err() {
+            return false;
+        }
+        self.space.set_dram_when_exhausted(config.on_exhausted == OnExhausted::Dram);
+        if let Placement::Interleave(n) = config.placement {
+            self.space.set_interleave(n);
+        }
+        let hooks = |tier| Hooks::new(&self.space, tier, &self.wanted);
+        let hooks = self.hooks.get_or_init(|| [hooks(Tier::Dram), hooks(Tier::Extent)]);
+        let tier = config.placement.bound_tier();
+        engine::take_over(&hooks[tier as usize], self.decay_ms(tier));
+        let direct = config.placement.direct_below();
+        self.direct_below.store(engine::whole_class(direct), Ordering::Release);
+        fork::register_early(self);
+        true
+    }
+
+    /// Attaches the source of extents and starts the thread that talks to it.
+    /// Returns when the first granules are there, or the source has none.
+    ///
+    /// # Errors
+    /// The kernel's, if there is no memory for tables or a thread.
+    pub fn attach(&'static self, source: &'static dyn ExtentSource) -> Result<(), rustix::io::Errno> {
+        let (addr, len) = source.window();
+        // SAFETY: the window is as `ExtentSource::window` promises.
+        unsafe { self.space.open_window(addr, len) }?;
+        self.service.start(self, source)?;
+        let tier = Tier::Extent;
+        if self.config().placement.tier(MAX_REQUEST) == tier {
+            self.wait_for_extents(1, ANSWER_WITHIN);
+        }
+        Ok(())
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &Config {
+        self.config.get().unwrap_or(&Config::DEFAULT)
+    }
+
+    /// The space under this heap.
+    pub fn space(&self) -> &Space {
+        &self.space
+    }
+
+    /// Whether [`Heap::start`] has been called.
+    pub fn is_started(&self) -> bool {
+        self.config.get().is_some()
+    }
+
+    pub(crate) fn service(&self) -> &Service {
+        &self.service
+    }
+
+    pub(crate) fn wanted(&self) -> &Signal {
+        &self.wanted
+    }
+
+    /// Remembers how many settings could not be read.
+    pub fn note_unknown_settings(&self, count: u32) {
+        self.unknown_settings.store(count, Ordering::Relaxed);
+    }
+
+    /// Requests of fewer bytes than this may go straight to [`engine::malloc`]:
+    /// it serves them from the right memory, and only a null needs this heap.
+    pub fn direct_below(&self) -> usize {
+        self.direct_below.load(Ordering::Relaxed)
+    }
+
+    fn decay_ms(&self, tier: Tier) -> isize {
+        match tier {
+            Tier::Dram => DRAM_DECAY_MS,
+            Tier::Extent => self.config().decay_ms as isize,
+        }
+    }
+
+    /// An arena on extents for a request that the automatic ones don't serve.
+    fn extra_arena(&'static self) -> Option<ArenaIndex> {
+        let cpu = rustix::thread::sched_getcpu();
+        let slot = &self.extra.slots[cpu % engine::MAX_ARENAS];
+        let made = || ArenaIndex::from_slot(slot.load(Ordering::Acquire));
+        if let Some(arena) = made() {
+            return Some(arena);
+        }
+        let hooks: &'static Hooks = &self.hooks.get()?[Tier::Extent as usize];
+        let _making = self.extra.making.lock();
+        if let Some(arena) = made() {
+            return Some(arena);
+        }
+        let arena = ArenaIndex::create(hooks, self.decay_ms(Tier::Extent))?;
+        slot.store(arena.to_slot(), Ordering::Release);
+        Some(arena)
+    }
+
+    /// The arenas that take extents.
+    pub(crate) fn extent_arenas(&self) -> impl Iterator<Item = ArenaIndex> + '_ {
+        let bound = self.config().placement.bound_tier() == Tier::Extent && self.is_started();
+        let automatic = if bound { Some(engine::automatic()) } else { None };
+        automatic.into_iter().flatten().chain(self.extra.made())
+    }
+
+    /// `size` bytes aligned to `align` (a power of two), zeroed if asked; null
+    /// if there is no memory. A size of 0 is served as 1.
+    pub fn allocate(&'static self, size: usize, align: usize, zero: bool) -> *mut u8 {
+        let size = size.max(1);
+        self.serve(size, |arena| match arena {
+            Some(arena) => engine::allocate_from(arena, size, align, zero),
+            None => engine::allocate(size, align, zero),
+        })
+    }
+
+    /// Gives an allocation another size, perhaps at another address; null if
+    /// there is no memory, and then it is as it was.
+    ///
+    /// # Safety
+    /// `ptr` is live and from this heap, `align` a power of two.
+    pub unsafe fn reallocate(&'static self, ptr: *mut u8, size: usize, align: usize) -> *mut u8 {
+        let size = size.max(1);
+        self.serve(size, |arena| match arena {
+            // SAFETY: the caller's promise, and the size is not 0.
+            Some(arena) => unsafe { engine::reallocate_into(arena, ptr, size, align) },
+            // SAFETY: as above.
+            None => unsafe { engine::reallocate(ptr, size, align) },
+        })
+    }
+
+    /// Tries, and where extents have run out waits for some and tries again.
+    fn serve(&'static self, size: usize, attempt: impl Fn(Option<ArenaIndex>) -> *mut u8) -> *mut u8 {
+        if size > MAX_REQUEST {
+            return core::ptr::null_mut();
+        }
+        let config = self.config();
+        let direct = size < self.direct_below();
+        let arena = if direct { None } else { self.extra_arena() };
+        let ptr = attempt(arena);
+        let extents = !direct || config.placement.bound_tier() == Tier::Extent;
+        if ptr.is_null() && extents && self.is_started() {
+            return self.serve_short(size, config.on_exhausted, || attempt(arena));
+        }
+        ptr
+    }
+
+    #[cold]
+    fn serve_short(&'static self, size: usize, policy: OnExhausted, attempt: impl Fn() -> *mut u8) -> *mut u8 {
+        let granules = size / GRANULE + 1;
+        let patience = match policy {
+            OnExhausted::Wait(ms) => Duration::from_millis(u64::from(ms)),
+            _ => ANSWER_WITHIN,
+        };
+        let deadline = Instant::now() + patience;
+        loop {
+            if !self.space.has_room_for(granules) {
+                return core::ptr::null_mut();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let more = self.wait_for_extents(granules, left);
+            let ptr = attempt();
+            if !ptr.is_null() {
+                return ptr;
+            }
+            let waits = matches!(policy, OnExhausted::Wait(_));
+            if left.is_zero() || !(more || waits) {
+                return core::ptr::null_mut();
+            }
+        }
+    }
+
+    /// Waits until `granules` are unused. `false`: there are no more for now
+    /// (placement falls back to DRAM if the policy is so), or time is up.
+    fn wait_for_extents(&'static self, granules: usize, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let waits = matches!(self.config().on_exhausted, OnExhausted::Wait(_));
+        self.service.want(granules);
+        loop {
+            let seen = self.service.granted().read();
+            if self.space.idle_granules() >= granules {
+                return true;
+            }
+            if !self.service.is_running() {
+                self.space.set_exhausted(true);
+            }
+            if self.space.is_exhausted() && !(waits && self.service.is_running()) {
+                self.exhausted.fetch_add(1, Ordering::Relaxed);
+                return false;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                self.space.set_exhausted(true);
+                return false;
+            }
+            self.wanted.raise();
+            self.service.granted().wait(seen, left);
+        }
+    }
+
+    /// Gives back what is unused; whether there was any.
+    pub fn trim(&'static self) -> bool {
+        let before = self.space.usage();
+        engine::automatic().chain(self.extra.made()).for_each(engine::purge);
+        self.wanted.raise();
+        self.space.usage() != before
+    }
+
+    /// What the heap holds.
+    pub fn stats(&self) -> Stats {
+        let engine = engine::statistics();
+        let usage = self.space.usage();
+        let mut stats = Stats {
+            usage,
+            outside: engine::early_bytes(),
+            allocated: engine.allocated,
+            metadata: engine.metadata,
+            arenas: (engine::automatic().count() + self.extra.made().count()) as u32,
+            exhausted: self.exhausted.load(Ordering::Relaxed),
+            unknown_settings: self.unknown_settings.load(Ordering::Relaxed),
+            ..Stats::default()
+        };
+        self.service.count(&mut stats);
+        stats
+    }
+
+    /// Says for the last time what the heap holds: the process ends.
+    pub fn publish(&'static self) {
+        self.service.publish(self);
+    }
+
+    /// In a forked child: its parent's service and leases are not its own.
+    pub(crate) fn in_child(&self) {
+        self.service.forget();
+        self.space.disown_extents();
+    }
+}

@@ -1,0 +1,285 @@
+//! The heap's own two threads: they keep unused granules ready, hear recalls,
+//! let freed pages decay and return what is unused.
+//!
+//! The *worker* asks and returns, the *listener* hears. Neither is started
+//! inside `malloc`, both block every signal, and neither allocates.
+
+use core::ffi::c_void;
+use core::ptr::null_mut;
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use core::time::Duration;
+use rustix::io::Errno;
+
+use crate::engine;
+use crate::heap::Heap;
+use crate::source::{Event, ExtentSource, Recall, RecallOutcome, Refusal};
+use crate::space::GRANULE;
+use crate::stats::Stats;
+use crate::sync::{Lock, Signal};
+
+/// The clock of a busy heap, and of one in which nothing changes.
+const TICK: Duration = Duration::from_millis(50);
+const TICK_QUIET: Duration = Duration::from_millis(500);
+/// Recalls that wait for the worker; a broker sends one at a time.
+const RECALLS: usize = 8;
+/// Room for the thread-locals of the program and its libraries, which share
+/// the stack's mapping, besides a few pages of our own.
+const STACK: usize = 512 << 10;
+
+/// What the two threads share with the heap.
+pub(crate) struct Service {
+    running: AtomicBool,
+    source: Lock<Option<&'static dyn ExtentSource>>,
+    adopted: Signal,
+    granted: Signal,
+    /// Granules that waiting threads lack.
+    demand: AtomicUsize,
+    /// A request is on its way to the source.
+    asked: AtomicBool,
+    recalls: Lock<[Option<Recall>; RECALLS]>,
+    grants: AtomicU64,
+    returned: AtomicU64,
+    recalled: [AtomicU64; 4],
+}
+
+impl Service {
+    pub(crate) const fn new() -> Self {
+        Self {
+            running: AtomicBool::new(false),
+            source: Lock::new(None),
+            adopted: Signal::new(),
+            granted: Signal::new(),
+            demand: AtomicUsize::new(0),
+            asked: AtomicBool::new(false),
+            recalls: Lock::new([None; RECALLS]),
+            grants: AtomicU64::new(0),
+            returned: AtomicU64::new(0),
+            recalled: [const { AtomicU64::new(0) }; 4],
+        }
+    }
+
+    /// Starts the threads and waits until the worker has the source's
+    /// descriptors in a table of its own.
+    pub(crate) fn start(&self, heap: &'static Heap, source: &'static dyn ExtentSource) -> Result<(), Errno> {
+        *self.source.lock() = Some(source);
+        self.running.store(true, Ordering::Release);
+        heap.space().set_exhausted(false);
+        let seen = self.adopted.read();
+        if let Err(error) = spawn(worker, heap) {
+            self.forget();
+            return Err(error);
+        }
+        while self.adopted.read() == seen {
+            self.adopted.wait(seen, Duration::from_secs(1));
+        }
+        source.thread_adopted();
+        Ok(())
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// Raised whenever the source has answered.
+    pub(crate) fn granted(&self) -> &Signal {
+        &self.granted
+    }
+
+    /// Notes that a thread lacks granules.
+    pub(crate) fn want(&self, granules: usize) {
+        self.demand.fetch_max(granules, Ordering::AcqRel);
+    }
+
+    /// In a child: there are no threads, and the source is the parent's.
+    pub(crate) fn forget(&self) {
+        self.running.store(false, Ordering::Release);
+        // A thread of the parent may have held these when the child was made.
+        // SAFETY: the child has one thread, and it holds neither.
+        unsafe {
+            self.source.force_unlock();
+            self.recalls.force_unlock();
+        }
+        *self.source.lock() = None;
+    }
+
+    fn source(&self) -> Option<&'static dyn ExtentSource> {
+        *self.source.lock()
+    }
+
+    /// Adds what was counted here.
+    pub(crate) fn count(&self, stats: &mut Stats) {
+        stats.grants = self.grants.load(Ordering::Relaxed);
+        stats.returned = self.returned.load(Ordering::Relaxed);
+        let [recalls, asked, back, refused] =
+            [0, 1, 2, 3].map(|i| self.recalled[i].load(Ordering::Relaxed));
+        stats.recalls = recalls;
+        stats.recall_asked = asked;
+        stats.recall_returned = back;
+        stats.recall_refused = refused;
+    }
+
+    pub(crate) fn publish(&self, heap: &'static Heap) {
+        if self.is_running()
+            && let Some(source) = self.source()
+        {
+            source.publish(&heap.stats());
+        }
+    }
+
+    /// Gives back up to `granules` unused ones of a recall's ranges.
+    fn give_back(&self, heap: &Heap, source: &dyn ExtentSource, recall: &Recall, min_age: u32) -> u64 {
+        let mut left = recall.bytes as usize / GRANULE;
+        let mut bytes = 0;
+        while left > 0 {
+            let ranges = heap.space().take_idle(left, recall.ranges.as_slice(), min_age);
+            if ranges.is_empty() {
+                break;
+            }
+            source.give_back(&ranges);
+            left -= (ranges.bytes() as usize / GRANULE).min(left);
+            bytes += ranges.bytes();
+        }
+        self.returned.fetch_add(bytes, Ordering::Relaxed);
+        bytes
+    }
+
+    /// What is unused first, then what a purge of the engine empties.
+    fn answer(&self, heap: &Heap, source: &dyn ExtentSource, recall: &Recall) {
+        let mut idle = self.give_back(heap, source, recall, 0);
+        if idle < recall.bytes {
+            heap.extent_arenas().for_each(engine::purge);
+            let rest = Recall { bytes: recall.bytes - idle, ..*recall };
+            idle += self.give_back(heap, source, &rest, 0);
+        }
+        let held = heap.space().live_bytes_in(recall.ranges.as_slice());
+        let refused = held.min(recall.bytes.saturating_sub(idle));
+        let reason = (refused > 0).then_some(Refusal::CannotMove);
+        source.answer(recall.id, &RecallOutcome { idle, rebound: 0, refused, reason });
+        for (counter, value) in self.recalled.iter().zip([1, recall.bytes, idle, refused]) {
+            counter.fetch_add(value, Ordering::Relaxed);
+        }
+    }
+
+    fn take_recall(&self) -> Option<Recall> {
+        self.recalls.lock().iter_mut().find_map(Option::take)
+    }
+
+    /// Asks for what waiting threads lack and for what the reserve lacks.
+    fn ask(&self, heap: &Heap, source: &dyn ExtentSource) {
+        let demand = self.demand.swap(0, Ordering::AcqRel);
+        let short = demand.saturating_sub(heap.space().idle_granules());
+        let ask = short + if heap.space().is_exhausted() { 0 } else { heap.space().short_of() };
+        if ask == 0 {
+            self.granted.raise();
+        } else if self.asked.swap(true, Ordering::AcqRel) {
+            self.want(demand);
+        } else if !source.request((ask * GRANULE) as u64) {
+            self.closed(heap);
+        }
+    }
+
+    fn closed(&self, heap: &Heap) {
+        self.running.store(false, Ordering::Release);
+        heap.space().set_exhausted(true);
+        self.granted.raise();
+    }
+}
+
+/// Starts a thread of this service. `pthread_create` allocates, so this is
+/// never called inside `malloc`; the heap works without the thread meanwhile.
+fn spawn(main: extern "C" fn(*mut c_void) -> *mut c_void, heap: &'static Heap) -> Result<(), Errno> {
+    // SAFETY: plain libc calls on values that live here; the thread gets a
+    // reference that lives for ever.
+    let code = unsafe {
+        let mut attr = core::mem::zeroed();
+        libc::pthread_attr_init(&mut attr);
+        libc::pthread_attr_setstacksize(&mut attr, STACK);
+        libc::pthread_attr_setdetachstate(&mut attr, libc::PTHREAD_CREATE_DETACHED);
+        let (mut all, mut before) = (core::mem::zeroed(), core::mem::zeroed());
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let mut thread = 0;
+        let argument = (heap as *const Heap).cast_mut().cast();
+        let code = libc::pthread_create(&mut thread, &attr, main, argument);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, null_mut());
+        libc::pthread_attr_destroy(&mut attr);
+        code
+    };
+    if code == 0 { Ok(()) } else { Err(Errno::from_raw_os_error(code)) }
+}
+
+extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
+    // SAFETY: `spawn` passed a heap that lives for ever.
+    let heap: &'static Heap = unsafe { &*heap.cast::<Heap>() };
+    let service = heap.service();
+    let Some(source) = service.source() else { return null_mut() };
+    let _ = rustix::thread::set_name(c"dcmalloc");
+    source.adopt_thread();
+    // Without it nothing would be heard; then the heap has no source.
+    if spawn(listener, heap).is_err() {
+        service.closed(heap);
+    }
+    service.adopted.raise();
+    let mut quiet = 0;
+    let mut before = heap.space().usage();
+    while service.is_running() {
+        let seen = heap.wanted().read();
+        service.ask(heap, source);
+        while let Some(recall) = service.take_recall() {
+            service.answer(heap, source, &recall);
+        }
+        heap.wanted().wait(seen, if quiet > 20 { TICK_QUIET } else { TICK });
+        heap.space().tick();
+        heap.extent_arenas().for_each(engine::decay);
+        let surplus = Recall {
+            id: 0,
+            bytes: (heap.space().surplus() * GRANULE) as u64,
+            deadline: TICK,
+            ranges: crate::source::Ranges::EMPTY,
+        };
+        let min_age = heap.config().return_after_ms / TICK.as_millis() as u32;
+        service.give_back(heap, source, &surplus, min_age);
+        let now = heap.space().usage();
+        quiet = if now == before { quiet + 1 } else { 0 };
+        before = now;
+        source.publish(&heap.stats());
+    }
+    null_mut()
+}
+
+extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
+    // SAFETY: `spawn` passed a heap that lives for ever.
+    let heap: &'static Heap = unsafe { &*heap.cast::<Heap>() };
+    let service = heap.service();
+    let Some(source) = service.source() else { return null_mut() };
+    let _ = rustix::thread::set_name(c"dcmalloc-hear");
+    while service.is_running() {
+        match source.next_event(Duration::from_secs(3600)) {
+            Event::Granted { ranges, exhausted, last } => {
+                heap.space().lend(&ranges);
+                if last {
+                    heap.space().set_exhausted(exhausted);
+                    service.asked.store(false, Ordering::Release);
+                }
+                if !ranges.is_empty() {
+                    service.grants.fetch_add(1, Ordering::Relaxed);
+                }
+                service.granted.raise();
+            }
+            Event::CapacityAvailable => {
+                heap.space().set_exhausted(false);
+                service.granted.raise();
+                heap.wanted().raise();
+            }
+            Event::Recall(recall) => {
+                if let Some(free) = service.recalls.lock().iter_mut().find(|slot| slot.is_none()) {
+                    *free = Some(recall);
+                }
+                heap.wanted().raise();
+            }
+            Event::Timeout => {}
+            Event::Closed => service.closed(heap),
+        }
+    }
+    null_mut()
+}

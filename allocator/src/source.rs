@@ -1,0 +1,173 @@
+//! Where extents come from: the one trait through which the allocator asks
+//! for capacity, and hears that it must give some back.
+//!
+//! The allocator knows nothing of CXL. A source lends *granules* (2 MiB) of a
+//! *window*, one shared mapping that is made once; a range of it is named by
+//! its offset. `dax-backend` has the source that talks to a broker, the tests
+//! have one over a memfd.
+#![forbid(unsafe_code)]
+
+use crate::stats::Stats;
+use core::time::Duration;
+
+/// A run of granules in the window: both fields are bytes and multiples of
+/// [`GRANULE`](crate::space::GRANULE).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct WindowRange {
+    /// Bytes from the start of the window.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// How many ranges one event carries at most; more arrive in further events.
+pub const RANGES_PER_EVENT: usize = 28;
+
+/// Ranges inline, so that no event needs the heap.
+#[derive(Clone, Copy, Debug)]
+pub struct Ranges {
+    items: [WindowRange; RANGES_PER_EVENT],
+    len: usize,
+}
+
+impl Ranges {
+    /// No range.
+    pub const EMPTY: Self = Self { items: [WindowRange { offset: 0, len: 0 }; RANGES_PER_EVENT], len: 0 };
+
+    /// Adds a range, extending the last one where they touch. `false`: full.
+    pub fn push(&mut self, range: WindowRange) -> bool {
+        if let Some(last) = self.items[..self.len].last_mut()
+            && last.offset + last.len == range.offset
+        {
+            last.len += range.len;
+            return true;
+        }
+        if self.len == RANGES_PER_EVENT {
+            return false;
+        }
+        self.items[self.len] = range;
+        self.len += 1;
+        true
+    }
+
+    /// Whether a range that touches none of the others would find no room.
+    pub fn is_full(&self) -> bool {
+        self.len == RANGES_PER_EVENT
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The ranges, in the order they were pushed.
+    pub fn as_slice(&self) -> &[WindowRange] {
+        &self.items[..self.len]
+    }
+
+    /// Bytes in all ranges together.
+    pub fn bytes(&self) -> u64 {
+        self.as_slice().iter().map(|r| r.len).sum()
+    }
+}
+
+/// A lease asked back.
+#[derive(Clone, Copy, Debug)]
+pub struct Recall {
+    /// Names the recall in its answer.
+    pub id: u64,
+    /// Bytes wanted back.
+    pub bytes: u64,
+    /// How long it may take.
+    pub deadline: Duration,
+    /// If not empty, just these ranges are wanted.
+    pub ranges: Ranges,
+}
+
+/// What came of a recall, in bytes by the step that returned them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RecallOutcome {
+    /// Were idle: leased but unused, or emptied by a purge of the engine.
+    pub idle: u64,
+    /// Were in use, and their content was moved.
+    pub rebound: u64,
+    /// Could not be given back.
+    pub refused: u64,
+    /// Why not.
+    pub reason: Option<Refusal>,
+}
+
+/// Why bytes of a recall were not returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// Live data, and this process can not move it (no userfaultfd, a fork
+    /// under way).
+    CannotMove,
+    /// The deadline passed first.
+    Deadline,
+    /// Pinned for DMA.
+    Pinned,
+    /// There is no DRAM left to move to (`dram_limit`, the cgroup, or the machine).
+    NoDram,
+    /// The program changed the mapping (mprotect, mlock, pkey).
+    MappingChanged,
+}
+
+/// What a source tells the allocator.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    /// Granules are lent, and read as zeroes; possibly none.
+    Granted {
+        /// What is lent.
+        ranges: Ranges,
+        /// The source has no more at present.
+        exhausted: bool,
+        /// This is the last event that answers a request.
+        last: bool,
+    },
+    /// A source that was exhausted has capacity again.
+    CapacityAvailable,
+    /// Give back.
+    Recall(Recall),
+    /// Nothing happened in the time given.
+    Timeout,
+    /// The source is gone; what it lent stays lent.
+    Closed,
+}
+
+/// A lender of extents.
+///
+/// `request`, `give_back` and `answer` are called from one thread of the
+/// allocator, `next_event` from another. None of them may allocate from the
+/// heap that they serve, and none is called with a lock of the allocator held.
+pub trait ExtentSource: Sync {
+    /// Address and length of the window's mapping: shared, readable and
+    /// writable, never inherited by a child (`MADV_DONTFORK`), valid for ever.
+    fn window(&self) -> (usize, usize);
+
+    /// Called on the allocator's own thread before anything else is called: a
+    /// program may close descriptors that it doesn't know (close_range(2)), so
+    /// a source moves its own into a table of that thread's own here.
+    fn adopt_thread(&self) {}
+
+    /// Called after `adopt_thread`, on the thread that attached the source, to
+    /// close there what the allocator's thread has now.
+    fn thread_adopted(&self) {}
+
+    /// What the heap looks like; now and then, and when the process ends.
+    fn publish(&self, _stats: &Stats) {}
+
+    /// Asks for `bytes` more. The answer is one or more [`Event::Granted`].
+    /// `false`: the source is gone.
+    fn request(&self, bytes: u64) -> bool;
+
+    /// Returns granules; their content is of no further use to anyone.
+    fn give_back(&self, ranges: &Ranges) -> bool;
+
+    /// Ends a recall.
+    fn answer(&self, id: u64, outcome: &RecallOutcome) -> bool;
+
+    /// Waits for the next event.
+    fn next_event(&self, timeout: Duration) -> Event;
+}

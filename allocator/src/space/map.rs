@@ -1,0 +1,94 @@
+//! The system calls that change what is behind a granule's addresses
+//! (mmap(2), mremap(2), madvise(2)). No other file of this crate maps memory
+//! for granules. All are raw: they neither allocate nor touch `errno`.
+
+use core::ffi::c_void;
+use core::ptr::null_mut;
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
+use rustix::mm::{madvise, mmap_anonymous, mremap_fixed, munmap};
+
+/// Reserves `len` bytes of addresses aligned to `align`; nothing may touch
+/// them until a granule is backed.
+pub(super) fn reserve(len: usize, align: usize) -> Result<usize, Errno> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let raw = unsafe { mmap_anonymous(null_mut(), len + align, ProtFlags::empty(), flags) }? as usize;
+    let start = raw.next_multiple_of(align);
+    trim(raw, start);
+    trim(start + len, raw + len + align);
+    Ok(start)
+}
+
+fn trim(from: usize, to: usize) {
+    if to > from {
+        // SAFETY: `reserve` just made this mapping and hands out none of it.
+        let _ = unsafe { munmap(from as *mut c_void, to - from) };
+    }
+}
+
+/// Zeroed memory of the allocator's own, for tables; never freed.
+pub(super) fn table(len: usize) -> Result<usize, Errno> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let table = unsafe { mmap_anonymous(null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+    Ok(table as usize)
+}
+
+/// Backs `len` bytes at `at` with anonymous DRAM, which reads as zeroes.
+///
+/// # Safety
+/// `at..at + len` lies in a reservation of this module and holds nothing that
+/// anyone still needs.
+pub(super) unsafe fn back_with_dram(at: usize, len: usize) -> Result<(), Errno> {
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: the caller owns these addresses.
+    unsafe { mmap_anonymous(at as *mut c_void, len, prot, flags) }.map(drop)
+}
+
+/// Backs `len` bytes at `at` with the part of the window that starts at
+/// address `alias`. A shared mapping moved with an old size of 0 is
+/// duplicated, so this needs no descriptor: a program that closed them all
+/// still gets its granules.
+///
+/// # Safety
+/// As [`back_with_dram`]; `alias..alias + len` lies in the window's mapping.
+pub(super) unsafe fn back_with_window(at: usize, alias: usize, len: usize) -> Result<(), Errno> {
+    let flags = MremapFlags::MAYMOVE;
+    // SAFETY: the caller owns the target addresses, and an old size of 0
+    // leaves the source mapping as it is.
+    unsafe { mremap_fixed(alias as *mut c_void, 0, len, flags, at as *mut c_void) }.map(drop)
+}
+
+/// Makes `len` bytes at `at` a bare reservation again, whatever was there.
+///
+/// # Safety
+/// As [`back_with_dram`].
+pub(super) unsafe fn unback(at: usize, len: usize) -> Result<(), Errno> {
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: the caller owns these addresses.
+    unsafe { mmap_anonymous(at as *mut c_void, len, ProtFlags::empty(), flags) }.map(drop)
+}
+
+/// Drops the pages of anonymous memory; it reads as zeroes afterwards.
+///
+/// # Safety
+/// The range is DRAM-backed and nobody needs its content.
+pub(super) unsafe fn drop_pages(at: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: the caller owns these addresses and their content is dead.
+    unsafe { madvise(at as *mut c_void, len, Advice::LinuxDontNeed) }
+}
+
+/// Keeps a mapping out of children and core files (see `MADV_DONTFORK` in
+/// madvise(2)): a child that wrote to a shared extent would write into its
+/// parent's heap.
+///
+/// # Safety
+/// The range is mapped and belongs to the caller.
+pub unsafe fn keep_private(at: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: advice that changes no content.
+    unsafe { madvise(at as *mut c_void, len, Advice::LinuxDontFork) }?;
+    // SAFETY: as above.
+    unsafe { madvise(at as *mut c_void, len, Advice::LinuxDontDump) }
+}

@@ -1,0 +1,420 @@
+//! The address space that heaps live in: 2 MiB granules, each with a backing.
+//!
+//! ```text
+//!  base                                            base + reserved
+//!   ├── granule 0 ──┼── granule 1 ──┼── granule 2 ──┼── … ──┤
+//!   │ Extent(0x0)   │ Extent(2M)    │ Dram          │ None  │    backing
+//!   │ ████░░████░░  │ ████████████  │ ██░░░░░░░░░░  │       │    live pages
+//! ```
+//! The engine asks for runs of pages and returns pieces of any size; both are
+//! booked here, page by page, in tables that live in DRAM (a lost extent must
+//! not hurt the heap's own structures). A granule with nothing live goes back
+//! to its lender.
+//!
+//! Nothing in here waits for a lender, allocates, formats or logs: it runs
+//! under locks of the engine. The only lock is the space's own, a leaf.
+
+mod granule;
+mod map;
+mod pagemap;
+mod pool;
+mod table;
+
+use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use rustix::io::Errno;
+
+pub use granule::{Backing, GRANULE, PAGE, PAGES_PER_GRANULE, Tier};
+pub use map::keep_private;
+pub use pagemap::PageMap;
+
+use crate::source::{Ranges, WindowRange};
+use crate::sync::Lock;
+use pool::wants;
+use table::State;
+
+/// Addresses reserved where the limits of the process allow it; the table for
+/// it takes 24 MiB of addresses and is touched as it is used.
+const RESERVE: usize = 256 << 30;
+/// Below this a space is not worth having.
+const RESERVE_MIN: usize = 64 << 20;
+
+/// Values of [`Space::low`].
+const FINE: u8 = 0;
+const SHORT: u8 = 1;
+const TOLD: u8 = 2;
+
+/// Of so many held granules, how many should be unused so that the hooks find
+/// one without waiting: a sixteenth, for small heaps one.
+fn reserve_of(held: usize) -> usize {
+    (held / 16).clamp(1, 32)
+}
+
+/// What the space holds, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// In use by the engine, on extents.
+    pub extent_live: u64,
+    /// In use by the engine, in DRAM.
+    pub dram_live: u64,
+    /// Granules on extents, leased granules that wait in the pool included.
+    pub extent_held: u64,
+    /// Granules in DRAM.
+    pub dram_held: u64,
+    /// Of `extent_held`: leased and unused, mapped or not.
+    pub idle: u64,
+    /// The most that `extent_live + dram_live` ever was.
+    pub live_peak: u64,
+    /// What `extent_live` was at that moment.
+    pub extent_live_at_peak: u64,
+    /// The most that `extent_live` ever was.
+    pub extent_live_peak: u64,
+    /// The most that `dram_live` ever was.
+    pub dram_live_peak: u64,
+    /// The most that `extent_held` ever was.
+    pub extent_held_peak: u64,
+    /// The most that `dram_held` ever was.
+    pub dram_held_peak: u64,
+}
+
+impl Usage {
+    /// Nothing.
+    pub const NEW: Self = Self {
+        extent_live: 0,
+        dram_live: 0,
+        extent_held: 0,
+        dram_held: 0,
+        idle: 0,
+        live_peak: 0,
+        extent_live_at_peak: 0,
+        extent_live_peak: 0,
+        dram_live_peak: 0,
+        extent_held_peak: 0,
+        dram_held_peak: 0,
+    };
+
+    /// Remembers the highest water.
+    fn note_peaks(&mut self) {
+        let live = self.extent_live + self.dram_live;
+        if live > self.live_peak {
+            self.live_peak = live;
+            self.extent_live_at_peak = self.extent_live;
+        }
+        self.extent_live_peak = self.extent_live_peak.max(self.extent_live);
+        self.dram_live_peak = self.dram_live_peak.max(self.dram_live);
+        self.extent_held_peak = self.extent_held_peak.max(self.extent_held);
+        self.dram_held_peak = self.dram_held_peak.max(self.dram_held);
+    }
+}
+
+/// A reserved range of addresses and what backs it.
+pub struct Space {
+    state: Lock<State>,
+    /// The lender has no more: take DRAM instead of failing, if allowed.
+    exhausted: AtomicBool,
+    /// Whether `exhausted` may be answered with DRAM.
+    dram_when_exhausted: AtomicBool,
+    /// Whether unused granules are short: `FINE`, `SHORT` or `TOLD`.
+    low: AtomicU8,
+}
+
+/// A run of pages for the engine.
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    /// Its address.
+    pub addr: usize,
+    /// Every byte of it is zero.
+    pub zeroed: bool,
+}
+
+impl Default for Space {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Space {
+    /// A space that has reserved nothing yet.
+    pub const fn new() -> Self {
+        Self {
+            state: Lock::new(State::NEW),
+            exhausted: AtomicBool::new(true),
+            dram_when_exhausted: AtomicBool::new(true),
+            low: AtomicU8::new(FINE),
+        }
+    }
+
+    /// Reserves the addresses: as many as the limits of the process allow
+    /// (`RLIMIT_AS`), at most 256 GiB. Calling it again does nothing.
+    ///
+    /// # Errors
+    /// The kernel's, if not even 64 MiB are to be had.
+    pub fn open(&self) -> Result<(), Errno> {
+        let mut state = self.state.lock();
+        if state.granules != 0 {
+            return Ok(());
+        }
+        let mut len = RESERVE;
+        let base = loop {
+            match map::reserve(len, GRANULE) {
+                Ok(base) => break base,
+                Err(error) if len <= RESERVE_MIN => return Err(error),
+                Err(_) => len /= 2,
+            }
+        };
+        let granules = len / GRANULE;
+        let table = map::table(State::table_bytes(granules))?;
+        // SAFETY: new addresses and a new table of the size asked for.
+        unsafe { state.open(base, granules, table) };
+        Ok(())
+    }
+
+    /// Names the window that granules are lent from. Once per space.
+    ///
+    /// # Errors
+    /// The kernel's, if there is no memory for the pool's table.
+    ///
+    /// # Safety
+    /// `addr..addr + len` is a shared, readable and writable mapping that
+    /// stays for ever and that nobody else uses.
+    pub unsafe fn open_window(&self, addr: usize, len: usize) -> Result<(), Errno> {
+        let granules = len / GRANULE;
+        let table = map::table(pool::Pool::table_bytes(granules))?;
+        let mut state = self.state.lock();
+        state.window = addr;
+        state.window_len = len;
+        // SAFETY: a new table of the size that the pool asks for.
+        unsafe { state.pool.open(table, granules) };
+        Ok(())
+    }
+
+    /// Sets what happens when the lender has no more: DRAM, or failure.
+    pub fn set_dram_when_exhausted(&self, yes: bool) {
+        self.dram_when_exhausted.store(yes, Ordering::Relaxed);
+    }
+
+    /// Makes every `n`-th new granule of the extent tier DRAM; 0: none.
+    pub fn set_interleave(&self, n: u32) {
+        self.state.lock().dram_every = n;
+    }
+
+    /// Says whether the lender has more to give.
+    pub fn set_exhausted(&self, yes: bool) {
+        self.exhausted.store(yes, Ordering::Release);
+    }
+
+    /// Whether the lender said that it has no more.
+    pub fn is_exhausted(&self) -> bool {
+        self.exhausted.load(Ordering::Acquire)
+    }
+
+    /// Whether an address lies in this space.
+    pub fn contains(&self, addr: usize) -> bool {
+        let state = self.state.lock();
+        state.spans(addr)
+    }
+
+    /// What backs the granule that `addr` lies in.
+    pub fn backing_of(&self, addr: usize) -> Option<Backing> {
+        let state = self.state.lock();
+        state.index(addr).map(|i| state.granule(i).backing)
+    }
+
+    /// What the space holds.
+    pub fn usage(&self) -> Usage {
+        self.state.lock().usage
+    }
+
+    /// A run of `len` bytes, aligned to `align`; both multiples of a page,
+    /// `align` a power of two. Never waits: `None` if no lent granule is left,
+    /// the addresses are used up, or the kernel refused a mapping.
+    pub fn alloc(&self, tier: Tier, len: usize, align: usize) -> Option<Run> {
+        let pages = len.checked_next_multiple_of(PAGE)? / PAGE;
+        let mut state = self.state.lock();
+        if state.granules == 0 || pages == 0 {
+            return None;
+        }
+        if pages < PAGES_PER_GRANULE
+            && align <= GRANULE
+            && let Some(run) = state.alloc_within(tier, pages, align / PAGE)
+        {
+            return Some(run);
+        }
+        let dram_allowed =
+            self.is_exhausted() && self.dram_when_exhausted.load(Ordering::Relaxed);
+        let run = state.alloc_across(tier, pages, align.max(GRANULE) / GRANULE, dram_allowed);
+        if state.short_of() > 0 {
+            let _ = self.low.compare_exchange(FINE, SHORT, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        run
+    }
+
+    /// Whether the reserved addresses could hold `granules` at all.
+    pub fn has_room_for(&self, granules: usize) -> bool {
+        granules <= self.state.lock().granules
+    }
+
+    /// The run of `len` bytes at exactly `addr`, so that what ends there can
+    /// grow in place. `None`: some page of it is in use, or not backed.
+    pub fn alloc_at(&self, tier: Tier, addr: usize, len: usize) -> Option<Run> {
+        let mut state = self.state.lock();
+        let pieces = |mut at: usize| {
+            core::iter::from_fn(move || {
+                let pages = ((addr + len - at) / PAGE).min(PAGES_PER_GRANULE - at % GRANULE / PAGE);
+                let piece = (at, at % GRANULE / PAGE, pages);
+                at += pages * PAGE;
+                (pages > 0).then_some(piece)
+            })
+        };
+        for (at, start, pages) in pieces(addr) {
+            let granule = state.granule(state.index(at)?);
+            let usable = granule.tier == tier && granule.backing != Backing::None && !granule.in_flight;
+            if !usable || granule.live.intersects(start, pages) {
+                return None;
+            }
+        }
+        let mut zeroed = true;
+        for (at, start, pages) in pieces(addr) {
+            let index = state.index(at)?;
+            zeroed &= state.take_pages(index, start, pages);
+        }
+        Some(Run { addr, zeroed })
+    }
+
+    /// Whether unused granules have run short since this was last asked; true
+    /// once, until granules are lent.
+    pub fn runs_low(&self) -> bool {
+        self.low.load(Ordering::Relaxed) == SHORT
+            && self.low.compare_exchange(SHORT, TOLD, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    /// Takes back a run, or any piece of one or several neighbours.
+    pub fn free(&self, addr: usize, len: usize) {
+        let mut state = self.state.lock();
+        let (mut at, end) = (addr, addr + len);
+        while at < end {
+            let Some(index) = state.index(at) else { return };
+            let start = (at - state.addr(index)) / PAGE;
+            let pages = ((end - at) / PAGE).min(PAGES_PER_GRANULE - start);
+            state.free_within(index, start, pages);
+            at += pages * PAGE;
+        }
+    }
+
+    /// Adds lent granules, which read as zeroes, to the pool. Returns the
+    /// bytes taken; what lies outside the window or is there already is not.
+    pub fn lend(&self, ranges: &Ranges) -> u64 {
+        let mut state = self.state.lock();
+        let mut taken = 0;
+        for range in ranges.as_slice() {
+            for step in 0..range.len / GRANULE as u64 {
+                let offset = range.offset + step * GRANULE as u64;
+                if offset + GRANULE as u64 <= state.window_len as u64 && state.pool.put(offset) {
+                    taken += GRANULE as u64;
+                }
+            }
+        }
+        state.usage.extent_held += taken;
+        state.usage.idle += taken;
+        state.usage.note_peaks();
+        self.low.store(FINE, Ordering::Relaxed);
+        taken
+    }
+
+    /// Unused granules that should be asked for, so that the hooks find one.
+    pub fn short_of(&self) -> usize {
+        self.state.lock().short_of()
+    }
+
+    /// Unused granules above what should be kept.
+    pub fn surplus(&self) -> usize {
+        let usage = self.state.lock().usage;
+        let [held, idle] = [usage.extent_held, usage.idle].map(|bytes| bytes as usize / GRANULE);
+        idle.saturating_sub(reserve_of(held - idle))
+    }
+
+    /// Leased granules that nothing uses, mapped or not.
+    pub fn idle_granules(&self) -> usize {
+        (self.state.lock().usage.idle / GRANULE as u64) as usize
+    }
+
+    /// Advances the clock by which idle granules age.
+    pub fn tick(&self) {
+        let mut state = self.state.lock();
+        state.tick = state.tick.wrapping_add(1);
+    }
+
+    /// Takes up to `granules` unused ones out of the space, to be given back:
+    /// of those inside `wanted` (any, if that is empty), idle for at least
+    /// `min_age` ticks. At most 28 runs at a time: call again until empty.
+    pub fn take_idle(&self, granules: usize, wanted: &[WindowRange], min_age: u32) -> Ranges {
+        let mut out = Ranges::EMPTY;
+        let mut state = self.state.lock();
+        let mut taken = 0;
+        for index in (0..state.high).rev() {
+            if taken == granules {
+                break;
+            }
+            let granule = *state.granule(index);
+            let Backing::Extent(offset) = granule.backing else { continue };
+            let age = state.tick.wrapping_sub(granule.idle_since);
+            if !granule.is_idle() || age < min_age || !wants(wanted, offset) {
+                continue;
+            }
+            if out.is_full() || !state.unback_idle(index) {
+                break;
+            }
+            out.push(WindowRange { offset, len: GRANULE as u64 });
+            taken += 1;
+        }
+        taken += state.pool.drain(granules - taken, wanted, &mut out);
+        state.usage.extent_held -= (taken * GRANULE) as u64;
+        state.usage.idle -= (taken * GRANULE) as u64;
+        out
+    }
+
+    /// Offsets of lent granules that hold something live, for a refusal.
+    pub fn live_bytes_in(&self, wanted: &[WindowRange]) -> u64 {
+        let state = self.state.lock();
+        let live = (0..state.high).filter(|&i| {
+            let granule = state.granule(i);
+            matches!(granule.backing, Backing::Extent(o) if wants(wanted, o)) && !granule.is_idle()
+        });
+        (live.count() * GRANULE) as u64
+    }
+
+    /// Locks the space for a fork: no other thread is inside it when the
+    /// child is made. Ends with [`Space::after_fork`] on both sides.
+    pub fn before_fork(&self) {
+        core::mem::forget(self.state.lock());
+    }
+
+    /// Ends what [`Space::before_fork`] began; once on each side.
+    ///
+    /// # Safety
+    /// The calling thread called `before_fork`, or is its copy in the child.
+    pub unsafe fn after_fork(&self) {
+        // SAFETY: this thread holds the lock, whose guard it forgot.
+        unsafe { self.state.force_unlock() };
+    }
+
+    /// In a forked child: leases belong to the parent, so the pool is
+    /// emptied, and granules on extents are not this process's any more.
+    pub fn disown_extents(&self) {
+        let mut state = self.state.lock();
+        while state.pool.take().is_some() {}
+        for index in 0..state.high {
+            if !matches!(state.granule(index).backing, Backing::Extent(_)) {
+                continue;
+            }
+            // The pages stay marked as live: nothing may be handed out where
+            // the mapping was not inherited.
+            state.granule_mut(index).in_flight = true;
+            state.set_gap(index);
+        }
+        state.usage.extent_live = 0;
+        state.usage.extent_held = 0;
+        state.usage.idle = 0;
+        self.set_exhausted(true);
+    }
+}
+

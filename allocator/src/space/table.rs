@@ -1,0 +1,322 @@
+//! The granule table and the search for free pages in it.
+
+use super::granule::{Backing, GRANULE, Granule, PAGE, PAGES_PER_GRANULE, TIERS, Tier};
+use super::map;
+use super::pool::Pool;
+use super::{Run, Usage};
+
+/// Free runs of 1, 2, 4 … 512 pages have a hint each.
+const HINTS: usize = 10;
+
+pub(super) struct State {
+    base: usize,
+    /// Entries of the table.
+    pub(super) granules: usize,
+    table: *mut Granule,
+    /// Longest free run of each granule, by tier; 0: none, or another tier's.
+    /// Apart from the table, so that a search reads 2 bytes a granule.
+    gaps: [*mut u16; TIERS],
+    /// No granule below `hint[tier][k]` has a free run of 2^k pages or more.
+    hint: [[usize; HINTS]; TIERS],
+    /// Granules at and above this one were never used.
+    pub(super) high: usize,
+    pub(super) window: usize,
+    pub(super) window_len: usize,
+    pub(super) pool: Pool,
+    pub(super) usage: Usage,
+    /// Every `dram_every`-th new granule of the extent tier is DRAM by choice
+    /// (placement `interleave`); 0: none.
+    pub(super) dram_every: u32,
+    interleaved: u32,
+    pub(super) tick: u32,
+}
+
+// SAFETY: the tables belong to one space, which reaches them under its lock.
+unsafe impl Send for State {}
+
+impl State {
+    pub(super) const NEW: Self = Self {
+        base: 0,
+        granules: 0,
+        table: core::ptr::null_mut(),
+        gaps: [core::ptr::null_mut(); TIERS],
+        hint: [[0; HINTS]; TIERS],
+        high: 0,
+        window: 0,
+        window_len: 0,
+        pool: Pool::NEW,
+        usage: Usage::NEW,
+        dram_every: 0,
+        interleaved: 0,
+        tick: 0,
+    };
+
+    /// Bytes of table for `granules`.
+    pub(super) const fn table_bytes(granules: usize) -> usize {
+        granules * (size_of::<Granule>() + TIERS * size_of::<u16>())
+    }
+
+    /// # Safety
+    /// `base` is the start of a reservation of that many granules, `table`
+    /// zeroed memory of [`State::table_bytes`]; both stay for ever and belong
+    /// to nobody else.
+    pub(super) unsafe fn open(&mut self, base: usize, granules: usize, table: usize) {
+        let gaps = table + granules * size_of::<Granule>();
+        self.base = base;
+        self.granules = granules;
+        self.table = table as *mut Granule;
+        self.gaps = [gaps as *mut u16, (gaps + granules * size_of::<u16>()) as *mut u16];
+    }
+
+    /// Whether an address lies in the reservation.
+    pub(super) fn spans(&self, addr: usize) -> bool {
+        addr.checked_sub(self.base).is_some_and(|at| at < self.granules * GRANULE)
+    }
+
+    pub(super) fn addr(&self, index: usize) -> usize {
+        self.base + index * GRANULE
+    }
+
+    /// The used granule that an address lies in.
+    pub(super) fn index(&self, addr: usize) -> Option<usize> {
+        let index = addr.checked_sub(self.base)? / GRANULE;
+        (index < self.high).then_some(index)
+    }
+
+    pub(super) fn granule(&self, index: usize) -> &Granule {
+        assert!(index < self.high);
+        // SAFETY: below `high`, which is at most `granules`, and written when
+        // `high` rose over it.
+        unsafe { &*self.table.add(index) }
+    }
+
+    pub(super) fn granule_mut(&mut self, index: usize) -> &mut Granule {
+        assert!(index < self.high);
+        // SAFETY: as in `granule`, and `self` is borrowed exclusively.
+        unsafe { &mut *self.table.add(index) }
+    }
+
+    fn gaps(&self, tier: Tier) -> &[u16] {
+        if self.high == 0 {
+            return &[];
+        }
+        // SAFETY: the array has `granules` zeroed entries, at least `high`.
+        unsafe { core::slice::from_raw_parts(self.gaps[tier as usize], self.high) }
+    }
+
+    /// Brings the index of free runs up to date with a granule.
+    pub(super) fn set_gap(&mut self, index: usize) {
+        let granule = *self.granule(index);
+        let gap = granule.gap();
+        for tier in [Tier::Dram, Tier::Extent] {
+            let gap = if tier == granule.tier { gap } else { 0 };
+            // SAFETY: `granule` checked the index.
+            unsafe { *self.gaps[tier as usize].add(index) = gap as u16 };
+        }
+        if gap > 0 {
+            for hint in &mut self.hint[granule.tier as usize][..=gap.ilog2() as usize] {
+                *hint = (*hint).min(index);
+            }
+        }
+    }
+
+    /// A run inside one granule that is backed already: the lowest that has
+    /// room, so that few granules are full and the others run empty.
+    pub(super) fn alloc_within(&mut self, tier: Tier, pages: usize, align: usize) -> Option<Run> {
+        let class = pages.ilog2() as usize;
+        let from = self.hint[tier as usize][class];
+        let mut hint = None;
+        let mut index = from;
+        loop {
+            let gaps = &self.gaps(tier)[index.min(self.high)..];
+            let Some(step) = gaps.iter().position(|gap| usize::from(*gap) >= 1 << class) else {
+                self.hint[tier as usize][class] = hint.unwrap_or(self.high);
+                return None;
+            };
+            index += step;
+            hint.get_or_insert(index);
+            if let Some(start) = self.granule(index).live.first_gap(pages, align) {
+                self.hint[tier as usize][class] = hint.unwrap_or(index);
+                let zeroed = self.take_pages(index, start, pages);
+                return Some(Run { addr: self.addr(index) + start * PAGE, zeroed });
+            }
+            index += 1;
+        }
+    }
+
+    /// A run that begins with a granule in which nothing is live.
+    pub(super) fn alloc_across(
+        &mut self,
+        tier: Tier,
+        pages: usize,
+        align: usize,
+        dram_allowed: bool,
+    ) -> Option<Run> {
+        let count = pages.div_ceil(PAGES_PER_GRANULE);
+        let first = self.find_empty(tier, count, align)?;
+        let new = (first..first + count)
+            .filter(|&i| i >= self.high || self.granule(i).backing == Backing::None)
+            .count();
+        if tier == Tier::Extent && !dram_allowed && new > self.pool.count() + self.interleave_share(new) {
+            return None;
+        }
+        while self.high < first + count {
+            // SAFETY: `find_empty` stays within `granules`.
+            unsafe { *self.table.add(self.high) = Granule::NEW };
+            self.high += 1;
+        }
+        for index in first..first + count {
+            if self.granule(index).backing == Backing::None && !self.back(index, tier, dram_allowed) {
+                return None;
+            }
+        }
+        let mut zeroed = true;
+        let mut left = pages;
+        for index in first..first + count {
+            let pages = left.min(PAGES_PER_GRANULE);
+            zeroed &= self.take_pages(index, 0, pages);
+            left -= pages;
+        }
+        Some(Run { addr: self.addr(first), zeroed })
+    }
+
+    /// Of `new` granules, how many at least the interleaving makes DRAM.
+    fn interleave_share(&self, new: usize) -> usize {
+        new.checked_div(self.dram_every as usize).unwrap_or(0)
+    }
+
+    /// The lowest run of `count` granules with nothing live, of which the
+    /// first has an index whose address is a multiple of `align` granules.
+    fn find_empty(&self, tier: Tier, count: usize, align: usize) -> Option<usize> {
+        let usable = |index: usize| {
+            index >= self.high || {
+                let granule = self.granule(index);
+                granule.backing == Backing::None
+                    || (granule.tier == tier && !granule.in_flight && granule.live.is_empty())
+            }
+        };
+        let step = |index: usize| {
+            let place = self.base / GRANULE + index;
+            place.next_multiple_of(align) - self.base / GRANULE
+        };
+        let mut first = step(0);
+        while first.checked_add(count)? <= self.granules {
+            match (first..first + count).rev().find(|&index| !usable(index)) {
+                None => return Some(first),
+                Some(taken) => first = step(taken + 1),
+            }
+        }
+        None
+    }
+
+    /// How many unused granules are missing from the reserve.
+    pub(super) fn short_of(&self) -> usize {
+        let [held, idle] = [self.usage.extent_held, self.usage.idle].map(|bytes| bytes as usize / GRANULE);
+        super::reserve_of(held - idle).saturating_sub(idle)
+    }
+
+    /// Puts memory behind a bare granule. `false`: nothing lent is left, or
+    /// the kernel refused the mapping; the granule stays bare.
+    fn back(&mut self, index: usize, tier: Tier, dram_allowed: bool) -> bool {
+        let by_choice = tier == Tier::Extent && self.dram_every != 0 && {
+            self.interleaved = self.interleaved.wrapping_add(1);
+            self.interleaved.is_multiple_of(self.dram_every)
+        };
+        let at = self.addr(index);
+        let offset = if tier == Tier::Extent && !by_choice { self.pool.take() } else { None };
+        let backing = match offset {
+            Some(offset) => {
+                // SAFETY: a bare granule, and an offset that `lend` found to
+                // lie inside the window.
+                if unsafe { map::back_with_window(at, self.window + offset as usize, GRANULE) }.is_err() {
+                    self.pool.put(offset);
+                    return false;
+                }
+                Backing::Extent(offset)
+            }
+            None if tier == Tier::Extent && !by_choice && !dram_allowed => return false,
+            None => {
+                // SAFETY: a bare granule of this space.
+                if unsafe { map::back_with_dram(at, GRANULE) }.is_err() {
+                    return false;
+                }
+                self.usage.dram_held += GRANULE as u64;
+                Backing::Dram
+            }
+        };
+        *self.granule_mut(index) = Granule { backing, tier, idle_since: self.tick, ..Granule::NEW };
+        self.set_gap(index);
+        true
+    }
+
+    /// Books pages of a backed granule as live; whether all of them are zero.
+    pub(super) fn take_pages(&mut self, index: usize, start: usize, pages: usize) -> bool {
+        let granule = self.granule_mut(index);
+        let was_idle = granule.is_idle();
+        let zeroed = !granule.dirty.intersects(start, pages);
+        granule.live.insert(start, pages);
+        granule.dirty.insert(start, pages);
+        let backing = granule.backing;
+        let bytes = (pages * PAGE) as u64;
+        match backing {
+            Backing::Extent(_) => self.usage.extent_live += bytes,
+            _ => self.usage.dram_live += bytes,
+        }
+        if was_idle {
+            self.usage.idle -= GRANULE as u64;
+        }
+        self.usage.note_peaks();
+        self.set_gap(index);
+        zeroed
+    }
+
+    /// Books pages as free, and lets go of DRAM that nothing uses any more.
+    pub(super) fn free_within(&mut self, index: usize, start: usize, pages: usize) {
+        let (at, tick) = (self.addr(index), self.tick);
+        let granule = self.granule_mut(index);
+        debug_assert!(granule.live.contains(start, pages), "pages freed that are not live");
+        granule.live.remove(start, pages);
+        let emptied = granule.live.is_empty();
+        let bytes = (pages * PAGE) as u64;
+        match granule.backing {
+            Backing::Extent(_) => {
+                granule.idle_since = tick;
+                self.usage.extent_live -= bytes;
+                if self.granule(index).is_idle() {
+                    self.usage.idle += GRANULE as u64;
+                }
+            }
+            Backing::Dram if granule.in_flight => self.usage.dram_live -= bytes,
+            Backing::Dram => {
+                // SAFETY: the engine gave these pages, or all of the granule,
+                // back; nobody else may read them.
+                let dropped = unsafe {
+                    if emptied { map::unback(at, GRANULE) } else { map::drop_pages(at + start * PAGE, pages * PAGE) }
+                };
+                if dropped.is_ok() {
+                    granule.dirty.remove(start, pages);
+                }
+                if emptied && dropped.is_ok() {
+                    granule.backing = Backing::None;
+                    self.usage.dram_held -= GRANULE as u64;
+                }
+                self.usage.dram_live -= bytes;
+            }
+            Backing::None => {}
+        }
+        self.set_gap(index);
+    }
+
+    /// Makes an idle granule bare; its extent is the caller's. `false`: the
+    /// kernel has no memory for the change, and the granule stays as it was.
+    pub(super) fn unback_idle(&mut self, index: usize) -> bool {
+        debug_assert!(self.granule(index).is_idle());
+        // SAFETY: an idle granule of this space holds nothing live.
+        if unsafe { map::unback(self.addr(index), GRANULE) }.is_err() {
+            return false;
+        }
+        *self.granule_mut(index) = Granule::NEW;
+        self.set_gap(index);
+        true
+    }
+}

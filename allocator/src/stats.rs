@@ -1,0 +1,45 @@
+//! What a heap holds, counted.
+#![forbid(unsafe_code)]
+
+use crate::space::Usage;
+
+/// A heap at one moment. All in bytes unless the name says otherwise.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    /// What the space holds, by backing, with peaks.
+    pub usage: Usage,
+    /// In pages outside the space that hold something handed out: what was
+    /// allocated before the heap started, in DRAM.
+    pub outside: u64,
+    /// Handed out to the program.
+    pub allocated: u64,
+    /// The engine's own structures, in DRAM.
+    pub metadata: u64,
+    /// Arenas of the heap (a count).
+    pub arenas: u32,
+    /// Requests for capacity that were answered with some (a count).
+    pub grants: u64,
+    /// Bytes given back to the source.
+    pub returned: u64,
+    /// Recalls answered (a count).
+    pub recalls: u64,
+    /// Bytes that recalls asked for.
+    pub recall_asked: u64,
+    /// Bytes that recalls got.
+    pub recall_returned: u64,
+    /// Bytes that recalls did not get.
+    pub recall_refused: u64,
+    /// Times that an allocation found the source exhausted (a count).
+    pub exhausted: u64,
+    /// Settings that could not be read (a count).
+    pub unknown_settings: u32,
+}
+
+impl Stats {
+    /// Of everything that was in use when most was, how much lay on extents,
+    /// in hundredths of a percent.
+    pub fn extent_share_at_peak(&self) -> u64 {
+        let peak = self.usage.live_peak + self.outside;
+        (self.usage.extent_live_at_peak * 10_000).checked_div(peak).unwrap_or(0)
+    }
+}

@@ -1,0 +1,211 @@
+//! Extents lent by a broker, as the allocator wants them.
+//!
+//! The socket lives in the descriptor table of the allocator's worker thread
+//! alone: a program that closes what it doesn't know (daemons do, with
+//! close_range(2)) closes nothing of ours, and one that polls or passes on its
+//! descriptors never sees it. The window is mapped once, whole; its descriptor
+//! is closed before the program runs.
+
+use core::ffi::CStr;
+use core::sync::atomic::{AtomicU64, Ordering};
+use core::time::Duration;
+use std::os::fd::{AsRawFd, RawFd};
+
+use allocator::source::{Event, ExtentSource, Ranges, Recall, RecallOutcome, Refusal, WindowRange};
+use allocator::space::keep_private;
+use allocator::stats::Stats;
+use dax_backend::broker::client::{ConnectError, RecallOutcome as WireOutcome, Welcome};
+use dax_backend::broker::client_page::{DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED};
+use dax_backend::broker::protocol::{RefusalReason, WindowRange as WireRange};
+use dax_backend::broker::{BrokerClient, ClientPageMapping, FromBroker};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+
+/// A connection to a broker, and the window that its leases lie in.
+pub struct BrokerSource {
+    client: BrokerClient,
+    page: ClientPageMapping,
+    window: (usize, usize),
+    lost: AtomicU64,
+}
+
+/// Why there is no source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SourceError {
+    /// No connection.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The window could not be mapped: no address space (`RLIMIT_AS`), or the
+    /// device refused.
+    #[error("mapping the broker's window failed: {0}")]
+    Window(Errno),
+}
+
+impl BrokerSource {
+    /// Connects to the broker at `path` and maps its window. `run` names the
+    /// `dcm run` that this process belongs to; 0: none. Allocates nothing.
+    ///
+    /// # Errors
+    /// No broker, one that can't be trusted, one of another version, or no
+    /// address space.
+    pub fn connect(path: &CStr, run: u128) -> Result<Self, SourceError> {
+        let (client, welcome) = BrokerClient::connect(path, run)?;
+        let window = map_window(&welcome).map_err(SourceError::Window)?;
+        let page = welcome.page;
+        page.pid.store(u64::from(std::process::id()), Ordering::Relaxed);
+        Ok(Self { client, page, window, lost: AtomicU64::new(0) })
+    }
+}
+
+fn map_window(welcome: &Welcome) -> Result<(usize, usize), Errno> {
+    let len = welcome.window_len as usize;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+    // Aligned, so that the kernel can map 2 MiB with one entry.
+    let granule = welcome.granule as usize;
+    // SAFETY: a new reservation at an address of the kernel's choice.
+    let raw = unsafe {
+        rustix::mm::mmap_anonymous(
+            core::ptr::null_mut(),
+            len + granule,
+            ProtFlags::empty(),
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        )
+    }? as usize;
+    let addr = raw.next_multiple_of(granule);
+    // SAFETY: inside the reservation just made, which nobody else uses.
+    unsafe { mmap(addr as *mut _, len, prot, flags | MapFlags::FIXED, &welcome.window, welcome.window_base) }?;
+    // SAFETY: the mapping just made.
+    unsafe { keep_private(addr, len) }?;
+    Ok((addr, len))
+}
+
+impl ExtentSource for BrokerSource {
+    fn window(&self) -> (usize, usize) {
+        self.window
+    }
+
+    fn adopt_thread(&self) {
+        own_table(self.client.fd().as_raw_fd());
+    }
+
+    fn thread_adopted(&self) {
+        // SAFETY: this closes the number in the caller's table only; the
+        // worker, which alone uses it from now on, has it in its own.
+        unsafe { rustix::io::close(self.client.fd().as_raw_fd()) };
+    }
+
+    fn request(&self, bytes: u64) -> bool {
+        self.client.request_lease(bytes).is_ok()
+    }
+
+    fn give_back(&self, ranges: &Ranges) -> bool {
+        let mut wire = [WireRange { offset: 0, len: 0 }; allocator::source::RANGES_PER_EVENT];
+        let ranges = ranges.as_slice();
+        for (wire, range) in wire.iter_mut().zip(ranges) {
+            *wire = WireRange { offset: range.offset, len: range.len };
+        }
+        self.client.return_ranges(&wire[..ranges.len()]).is_ok()
+    }
+
+    fn answer(&self, id: u64, outcome: &RecallOutcome) -> bool {
+        let outcome = WireOutcome {
+            purged: outcome.idle,
+            rebound: outcome.rebound,
+            refused: outcome.refused,
+            reason: reason(outcome.reason),
+        };
+        self.client.answer_recall(id, outcome, &[]).is_ok()
+    }
+
+    fn next_event(&self, timeout: Duration) -> Event {
+        match self.client.recv(Some(timeout)) {
+            Ok(None) => Event::Timeout,
+            Ok(Some(FromBroker::Grant { ranges, exhausted, last })) => {
+                Event::Granted { ranges: from_wire(ranges.as_slice()), exhausted, last }
+            }
+            Ok(Some(FromBroker::CapacityAvailable)) => Event::CapacityAvailable,
+            Ok(Some(FromBroker::Recall { id, bytes, deadline, ranges, .. })) => {
+                Event::Recall(Recall { id, bytes, deadline, ranges: from_wire(ranges.as_slice()) })
+            }
+            Err(_) => {
+                self.lost.store(1, Ordering::Relaxed);
+                Event::Closed
+            }
+        }
+    }
+
+    fn publish(&self, stats: &Stats) {
+        let usage = stats.usage;
+        let degraded = [
+            (stats.exhausted > 0, DEGRADED_EXHAUSTED),
+            (stats.unknown_settings > 0, DEGRADED_CONFIG),
+            (self.lost.load(Ordering::Relaxed) > 0, DEGRADED_DISCONNECTED),
+        ];
+        let flags = degraded.iter().filter(|(is, _)| *is).fold(0, |all, (_, flag)| all | flag);
+        let page = &*self.page;
+        let granule = allocator::space::GRANULE as u64;
+        let dram_live = usage.dram_live + stats.outside;
+        for (counter, value) in [
+            (&page.extent_live_bytes, usage.extent_live),
+            (&page.extent_held_bytes, usage.extent_held),
+            (&page.dram_live_bytes, dram_live),
+            (&page.dram_granule_bytes, usage.dram_held),
+            (&page.extent_live_peak, usage.extent_live_peak),
+            (&page.extent_held_peak, usage.extent_held_peak),
+            (&page.dram_live_peak, usage.dram_live_peak + stats.outside),
+            (&page.dram_granule_peak, usage.dram_held_peak),
+            (&page.granules_extent, usage.extent_held / granule),
+            (&page.granules_dram, usage.dram_held / granule),
+            (&page.grants, stats.grants),
+            (&page.returns, stats.returned / granule),
+            (&page.recalls, stats.recalls),
+            (&page.recall_bytes_asked, stats.recall_asked),
+            (&page.recall_bytes_returned, stats.recall_returned),
+            (&page.recall_bytes_refused, stats.recall_refused),
+            (&page.exhausted_count, stats.exhausted),
+            (&page.config_unknown_keys, u64::from(stats.unknown_settings)),
+            (&page.arenas, u64::from(stats.arenas)),
+            (&page.degraded_flags, flags),
+            (&page.heap_live_peak_total, usage.live_peak + stats.outside),
+            (&page.extent_share_at_peak, stats.extent_share_at_peak()),
+        ] {
+            counter.store(value, Ordering::Relaxed);
+        }
+    }
+}
+
+fn reason(refusal: Option<Refusal>) -> RefusalReason {
+    match refusal {
+        Some(Refusal::CannotMove) => RefusalReason::CannotMove,
+        Some(Refusal::Deadline) => RefusalReason::Deadline,
+        Some(Refusal::Pinned) => RefusalReason::Pinned,
+        Some(Refusal::NoDram) => RefusalReason::DramLimit,
+        Some(Refusal::MappingChanged) => RefusalReason::Remapped,
+        _ => RefusalReason::Live,
+    }
+}
+
+fn from_wire(wire: &[WireRange]) -> Ranges {
+    let mut ranges = Ranges::EMPTY;
+    for range in wire {
+        ranges.push(WindowRange { offset: range.offset, len: range.len });
+    }
+    ranges
+}
+
+/// Gives the calling thread a descriptor table of its own that holds nothing
+/// but `keep` (close_range(2) with `CLOSE_RANGE_UNSHARE`, Linux 5.9). Where
+/// that is refused the thread stays in the program's table.
+fn own_table(keep: RawFd) {
+    const CLOSE_RANGE_UNSHARE: libc::c_uint = 2;
+    let keep = keep as libc::c_uint;
+    // SAFETY: closes descriptors in a table that only this thread sees once
+    // the first call has unshared it; threads it starts later share it.
+    unsafe {
+        if libc::syscall(libc::SYS_close_range, keep + 1, libc::c_uint::MAX, CLOSE_RANGE_UNSHARE) == 0 && keep > 0 {
+            libc::syscall(libc::SYS_close_range, 0, keep - 1, 0);
+        }
+    }
+}
