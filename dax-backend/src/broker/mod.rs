@@ -3,16 +3,41 @@
 //! A Dynamic Capacity Device has one mailbox. The broker drives it, and every
 //! process that wants memory connects over a unix socket, gets the window's
 //! descriptor and leases of it, and is asked for them back when capacity has
-//! to go. [`protocol`] is what travels, [`client`] the process's end (it never
-//! allocates: it runs inside `malloc`).
+//! to go.
+//!
+//! - [`protocol`] is what travels, [`client`] the process's end; it never
+//!   allocates, because it runs inside `malloc`.
+//! - [`server`] is the loop, `session` the clients, `adding` the device's
+//!   events, `recall` and `refusal` the way back, `report` the operator.
+//! - `lease` and `outgoing` are the table of who holds which granule, without
+//!   any I/O; `liveness` says when a lease ends, `scrub` wipes what it leaves.
 
+mod adding;
+pub mod admin;
 pub mod client;
 pub mod client_page;
+mod connection;
+mod lease;
+pub mod listener;
+mod liveness;
+mod outgoing;
 pub mod peer;
 pub mod protocol;
+mod recall;
+pub mod receipt;
+mod refusal;
+mod report;
+mod scrub;
+pub mod server;
+mod session;
 mod socket;
+pub mod status;
 
-pub use client::{BrokerClient, ClientError, ConnectError, FromBroker, Welcome};
+pub use client::{BrokerClient, ClientError, ConnectError, FromBroker, RecallOutcome, Welcome};
 pub use client_page::{ClientPage, ClientPageMapping, ClientStats};
-pub use protocol::{GRANULE, Ranges, WindowRange};
+pub use listener::{ListenError, Listener};
+pub use protocol::{GRANULE, Ranges, RefusalReason, WindowRange};
+pub use receipt::Receipt;
+pub use scrub::Window;
+pub use server::{Admit, Broker, BrokerConfig, Stop};
 pub use socket::SocketError;

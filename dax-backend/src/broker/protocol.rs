@@ -7,6 +7,8 @@
 //! every version, so that two versions can at least refuse each other by name.
 #![forbid(unsafe_code)]
 
+use std::fmt;
+
 use thiserror::Error;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -57,8 +59,6 @@ pub enum Kind {
     Recall = 0x84,
     /// Asking for a lease is worth while again.
     CapacityAvailable = 0x85,
-    /// One descriptor: a memfd with a JSON note on a request under way.
-    AdminProgress = 0x86,
     /// arg0 0 ok, 1 error. One descriptor: a memfd with the JSON reply.
     AdminReply = 0x87,
 }
@@ -76,7 +76,6 @@ impl Kind {
             0x83 => Self::Grant,
             0x84 => Self::Recall,
             0x85 => Self::CapacityAvailable,
-            0x86 => Self::AdminProgress,
             0x87 => Self::AdminReply,
             _ => return None,
         })
@@ -167,6 +166,9 @@ pub enum RefusalReason {
     /// The device refused or failed the release command.
     #[error("the device did not take it")]
     Device = 11,
+    /// The device took it while it was in use (forced release).
+    #[error("the device took it while it was in use")]
+    Lost = 12,
     /// A client answered with a reason this version does not know.
     #[error("for a reason this version does not know")]
     Unknown = u64::MAX,
@@ -187,6 +189,7 @@ impl RefusalReason {
             9 => Self::TagInUse,
             10 => Self::BlockInUse,
             11 => Self::Device,
+            12 => Self::Lost,
             _ => Self::Unknown,
         }
     }
@@ -364,6 +367,18 @@ impl Message {
             });
         }
         ranges
+    }
+}
+
+impl fmt::Debug for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Message")
+            .field("kind", &self.kind())
+            .field("id", &self.id())
+            .field("arg", &self.arg.map(U64::get))
+            .field("flags", &self.flags())
+            .field("ranges", &self.ranges().as_slice())
+            .finish_non_exhaustive()
     }
 }
 

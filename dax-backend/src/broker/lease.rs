@@ -1,0 +1,568 @@
+//! Who holds which granule: the broker's table of capacity, without any I/O.
+//!
+//! One slot per granule of the window. Slots inside accepted extents go round
+//! `Dirty → Clean → (Warm) → Leased → Dirty`, and leave when the extent does.
+//! Grants come from the extents that are fullest already, so that the others
+//! stay empty and can be given back whole.
+#![forbid(unsafe_code)]
+
+use thiserror::Error;
+
+use super::protocol::{GRANULE, WindowRange};
+use crate::address::{Dpa, DpaRange};
+use crate::extent::Extent;
+
+/// The broker's number for a client; never used twice in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct ClientId(pub(super) u32);
+
+/// What a granule of the window is at the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Slot {
+    /// No accepted capacity.
+    Absent,
+    /// Free, with bytes of whoever had it before.
+    Dirty,
+    /// Free and zero.
+    Clean,
+    /// Free, zero, and present as one huge page.
+    Warm,
+    /// Leased.
+    Leased(ClientId),
+}
+
+impl Slot {
+    pub(super) fn is_free(self) -> bool {
+        matches!(self, Self::Dirty | Self::Clean | Self::Warm)
+    }
+}
+
+/// Granules in each state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub(super) dirty: usize,
+    pub(super) clean: usize,
+    pub(super) warm: usize,
+    pub(super) leased: usize,
+}
+
+impl Counts {
+    fn of(&mut self, slot: Slot) -> Option<&mut usize> {
+        match slot {
+            Slot::Absent => None,
+            Slot::Dirty => Some(&mut self.dirty),
+            Slot::Clean => Some(&mut self.clean),
+            Slot::Warm => Some(&mut self.warm),
+            Slot::Leased(_) => Some(&mut self.leased),
+        }
+    }
+}
+
+/// An accepted extent and the granules that lie wholly inside it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ExtentSlots {
+    pub(super) extent: Extent,
+    pub(super) first: usize,
+    pub(super) count: usize,
+    pub(super) leased: usize,
+}
+
+impl ExtentSlots {
+    pub(super) fn slots(&self) -> std::ops::Range<usize> {
+        self.first..self.first + self.count
+    }
+}
+
+/// Why a client's message about its leases is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub(super) enum LeaseError {
+    /// Not whole granules.
+    #[error("offset {offset:#x} length {len:#x} is not a multiple of the 2 MiB granule")]
+    Misaligned {
+        /// Offset into the window.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Not inside the window.
+    #[error("offset {offset:#x} length {len:#x} lies outside the window")]
+    Outside {
+        /// Offset into the window.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Somebody else's, or nobody's.
+    #[error("the granule at {offset:#x} is not leased to this client")]
+    NotLeased {
+        /// Offset into the window.
+        offset: u64,
+    },
+}
+
+/// What a change of the accepted extents meant for the table.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Synced {
+    /// Bytes that came.
+    pub(super) gained: u64,
+    /// Leases whose memory is gone (forced release).
+    pub(super) lost: Vec<(ClientId, WindowRange)>,
+}
+
+/// The table.
+#[derive(Debug)]
+pub(super) struct LeaseTable {
+    base: Dpa,
+    pub(super) block: u64,
+    pub(super) slots: Vec<Slot>,
+    /// To be given to the device as soon as it is free; never leased again.
+    pub(super) outgoing: Vec<bool>,
+    pub(super) extents: Vec<ExtentSlots>,
+    counts: Counts,
+}
+
+impl LeaseTable {
+    /// A table for a window over `span`, without capacity. `block` is the
+    /// device's block size in bytes, a power of two.
+    pub(super) fn new(span: DpaRange, block: u64) -> Self {
+        let granules = (span.len / GRANULE) as usize;
+        Self {
+            base: span.start,
+            block,
+            slots: vec![Slot::Absent; granules],
+            outgoing: vec![false; granules],
+            extents: Vec::new(),
+            counts: Counts::default(),
+        }
+    }
+
+    /// Takes over the list of accepted extents. New granules are dirty unless
+    /// `zeroed` says that the device promises zeroes.
+    pub(super) fn sync(
+        &mut self,
+        accepted: &[Extent],
+        zeroed: impl Fn(&DpaRange) -> bool,
+    ) -> Synced {
+        let mut synced = Synced::default();
+        let mut present = vec![Slot::Absent; self.slots.len()];
+        self.extents.clear();
+        for extent in accepted {
+            let (first, count) = self.whole_granules(&extent.range);
+            let fresh = if zeroed(&extent.range) {
+                Slot::Clean
+            } else {
+                Slot::Dirty
+            };
+            present[first..first + count].fill(fresh);
+            self.extents.push(ExtentSlots {
+                extent: *extent,
+                first,
+                count,
+                leased: 0,
+            });
+        }
+        for (index, &fresh) in present.iter().enumerate() {
+            match (self.slots[index], fresh) {
+                (Slot::Absent, Slot::Absent) => {}
+                (Slot::Absent, fresh) => {
+                    self.set(index, fresh);
+                    synced.gained += GRANULE;
+                }
+                (old, Slot::Absent) => {
+                    self.set(index, Slot::Absent);
+                    self.outgoing[index] = false;
+                    if let Slot::Leased(client) = old {
+                        let gone = range_of(index, 1);
+                        match synced.lost.last_mut() {
+                            Some((id, last)) if *id == client && last.end() == gone.offset => {
+                                last.len += GRANULE;
+                            }
+                            _ => synced.lost.push((client, gone)),
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        for extent in &mut self.extents {
+            let slots = &self.slots[extent.first..extent.first + extent.count];
+            extent.leased = slots
+                .iter()
+                .filter(|slot| matches!(slot, Slot::Leased(_)))
+                .count();
+        }
+        synced
+    }
+
+    /// Leases up to `bytes` (rounded up to granules) of zeroed memory to `client`.
+    pub(super) fn grant(&mut self, client: ClientId, bytes: u64) -> Vec<WindowRange> {
+        let mut wanted = bytes.div_ceil(GRANULE);
+        let mut granted = Vec::new();
+        for extent in self.fullest_first() {
+            // Warm granules first: the client's first touch is then one fault, not 512.
+            for kind in [Slot::Warm, Slot::Clean] {
+                for index in self.extents[extent].slots() {
+                    if wanted == 0 {
+                        break;
+                    }
+                    if self.slots[index] == kind && !self.outgoing[index] {
+                        self.set(index, Slot::Leased(client));
+                        self.extents[extent].leased += 1;
+                        push_merged(&mut granted, range_of(index, 1));
+                        wanted -= 1;
+                    }
+                }
+            }
+        }
+        granted
+    }
+
+    /// Takes back what `client` returns; all of `range` or nothing.
+    pub(super) fn give_back(
+        &mut self,
+        client: ClientId,
+        range: WindowRange,
+    ) -> Result<(), LeaseError> {
+        let WindowRange { offset, len } = range;
+        if !offset.is_multiple_of(GRANULE) || !len.is_multiple_of(GRANULE) || len == 0 {
+            return Err(LeaseError::Misaligned { offset, len });
+        }
+        let first = (offset / GRANULE) as usize;
+        let Some(end) = offset
+            .checked_add(len)
+            .map(|end| (end / GRANULE) as usize)
+            .filter(|end| *end <= self.slots.len())
+        else {
+            return Err(LeaseError::Outside { offset, len });
+        };
+        if let Some(other) = (first..end).find(|i| self.slots[*i] != Slot::Leased(client)) {
+            return Err(LeaseError::NotLeased {
+                offset: range_of(other, 1).offset,
+            });
+        }
+        for index in first..end {
+            self.release_slot(index);
+        }
+        Ok(())
+    }
+
+    /// Ends all leases of `client`; returns their bytes.
+    pub(super) fn end(&mut self, client: ClientId) -> u64 {
+        let mut bytes = 0;
+        for index in 0..self.slots.len() {
+            if self.slots[index] == Slot::Leased(client) {
+                self.release_slot(index);
+                bytes += GRANULE;
+            }
+        }
+        bytes
+    }
+
+    /// The next run of free granules that must be zeroed, in the order of grants.
+    pub(super) fn next_dirty(&self) -> Option<WindowRange> {
+        if self.counts.dirty == 0 {
+            return None;
+        }
+        self.next_run(Slot::Dirty)
+    }
+
+    /// The next zeroed granule that is not one huge page yet, if fewer than
+    /// `reserve` granules are.
+    pub(super) fn next_cold(&self, reserve: usize) -> Option<WindowRange> {
+        if self.counts.clean == 0 || self.counts.warm >= reserve {
+            return None;
+        }
+        self.next_run(Slot::Clean).map(|run| WindowRange {
+            len: GRANULE,
+            ..run
+        })
+    }
+
+    fn next_run(&self, kind: Slot) -> Option<WindowRange> {
+        let wanted = |index: usize| self.slots[index] == kind && !self.outgoing[index];
+        self.fullest_first().into_iter().find_map(|extent| {
+            let slots = self.extents[extent].slots();
+            let first = slots.clone().find(|index| wanted(*index))?;
+            let count = (first..slots.end)
+                .take_while(|index| wanted(*index))
+                .count();
+            Some(range_of(first, count))
+        })
+    }
+
+    /// Notes that `range`, still free, reads as zero; `warm`: from one huge page.
+    pub(super) fn zeroed(&mut self, range: WindowRange, warm: bool) {
+        for index in granules(range) {
+            if self.slots[index].is_free() {
+                self.set(index, if warm { Slot::Warm } else { Slot::Clean });
+            }
+        }
+    }
+
+    /// Whether a lease request could get something now.
+    pub(super) fn can_grant(&self) -> bool {
+        self.counts.warm + self.counts.clean > 0
+            && (self.next_run(Slot::Warm).is_some() || self.next_run(Slot::Clean).is_some())
+    }
+
+    /// Granules in each state.
+    pub(super) fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Where `range` lies in the device.
+    pub(super) fn dpa(&self, range: WindowRange) -> DpaRange {
+        DpaRange {
+            start: Dpa(self.base.0.saturating_add(range.offset)),
+            len: range.len,
+        }
+    }
+
+    /// First granule and number of granules that lie wholly inside `range`.
+    fn whole_granules(&self, range: &DpaRange) -> (usize, usize) {
+        let offset = |dpa: Dpa| dpa.0.saturating_sub(self.base.0);
+        let first = offset(range.start).div_ceil(GRANULE) as usize;
+        let end = ((offset(range.end()) / GRANULE) as usize).min(self.slots.len());
+        (first.min(end), end.saturating_sub(first))
+    }
+
+    fn fullest_first(&self) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.extents.len()).collect();
+        order.sort_by_key(|index| std::cmp::Reverse(self.extents[*index].leased));
+        order
+    }
+
+    pub(super) fn set(&mut self, index: usize, slot: Slot) {
+        let old = std::mem::replace(&mut self.slots[index], slot);
+        if let Some(count) = self.counts.of(old) {
+            *count -= 1;
+        }
+        if let Some(count) = self.counts.of(slot) {
+            *count += 1;
+        }
+    }
+
+    fn release_slot(&mut self, index: usize) {
+        self.set(index, Slot::Dirty);
+        let extent = self
+            .extents
+            .iter_mut()
+            .find(|extent| extent.slots().contains(&index));
+        if let Some(extent) = extent {
+            extent.leased -= 1;
+        }
+    }
+}
+
+/// The slots of `range`.
+pub(super) fn granules(range: WindowRange) -> std::ops::Range<usize> {
+    (range.offset / GRANULE) as usize..(range.end() / GRANULE) as usize
+}
+
+/// `count` granules from slot `index`.
+pub(super) fn range_of(index: usize, count: usize) -> WindowRange {
+    WindowRange {
+        offset: index as u64 * GRANULE,
+        len: count as u64 * GRANULE,
+    }
+}
+
+/// Appends `range`, joined with the last one if that ends where it starts.
+pub(super) fn push_merged(ranges: &mut Vec<WindowRange>, range: WindowRange) {
+    match ranges.last_mut() {
+        Some(last) if last.end() == range.offset => last.len += range.len,
+        _ => ranges.push(range),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::extent::ExtentTag;
+
+    const BASE: u64 = 0x1000_0000;
+
+    fn extent(first: u64, granules: u64) -> Extent {
+        Extent::untagged(DpaRange {
+            start: Dpa(BASE + first * GRANULE),
+            len: granules * GRANULE,
+        })
+    }
+
+    fn tagged(first: u64, granules: u64, tag: u8) -> Extent {
+        Extent {
+            tag: ExtentTag([tag; 16]),
+            ..extent(first, granules)
+        }
+    }
+
+    /// A clean table of 64 granules with these extents.
+    fn table(extents: &[Extent]) -> LeaseTable {
+        let span = DpaRange {
+            start: Dpa(BASE),
+            len: 64 * GRANULE,
+        };
+        let mut table = LeaseTable::new(span, GRANULE);
+        table.sync(extents, |_| true);
+        table
+    }
+
+    fn granules_of(ranges: &[WindowRange]) -> Vec<usize> {
+        ranges.iter().flat_map(|range| granules(*range)).collect()
+    }
+
+    const A: ClientId = ClientId(1);
+    const B: ClientId = ClientId(2);
+
+    #[test]
+    fn grants_fill_one_extent_before_touching_the_next() {
+        let mut table = table(&[extent(0, 4), extent(8, 4)]);
+        assert_eq!(granules_of(&table.grant(A, GRANULE)), [0]);
+        assert_eq!(granules_of(&table.grant(B, 2 * GRANULE)), [1, 2]);
+        table.give_back(A, range_of(0, 1)).unwrap();
+        // Extent 0 is the fuller one; its clean granule goes before extent 8.
+        assert_eq!(granules_of(&table.grant(A, GRANULE)), [3]);
+        assert_eq!(granules_of(&table.grant(A, GRANULE)), [8]);
+    }
+
+    #[test]
+    fn what_was_leased_is_wiped_before_it_is_leased_again() {
+        let mut table = table(&[extent(0, 2)]);
+        table.grant(A, 2 * GRANULE);
+        table.give_back(A, range_of(0, 2)).unwrap();
+        assert_eq!(table.grant(B, GRANULE), []);
+        assert_eq!(table.next_dirty(), Some(range_of(0, 2)));
+        table.zeroed(range_of(0, 1), false);
+        assert_eq!(granules_of(&table.grant(B, 2 * GRANULE)), [0]);
+    }
+
+    #[test]
+    fn new_capacity_is_dirty_unless_the_device_promises_zeroes() {
+        let mut table = table(&[]);
+        assert_eq!(table.sync(&[extent(0, 2)], |_| false).gained, 2 * GRANULE);
+        assert_eq!(table.grant(A, GRANULE), []);
+    }
+
+    #[test]
+    fn only_the_holder_gives_back_and_all_of_it_or_nothing() {
+        let mut table = table(&[extent(0, 4)]);
+        table.grant(A, 2 * GRANULE);
+        let foreign = LeaseError::NotLeased { offset: 0 };
+        assert_eq!(table.give_back(B, range_of(0, 1)), Err(foreign));
+        let partly = LeaseError::NotLeased {
+            offset: 2 * GRANULE,
+        };
+        assert_eq!(table.give_back(A, range_of(0, 3)), Err(partly));
+        assert_eq!(table.counts().leased, 2);
+        for (offset, len) in [(1, GRANULE), (0, GRANULE - 1), (0, 0)] {
+            let error = table.give_back(A, WindowRange { offset, len });
+            assert_eq!(error, Err(LeaseError::Misaligned { offset, len }));
+        }
+        for (offset, len) in [
+            (u64::MAX - GRANULE + 1, GRANULE),
+            (63 * GRANULE, 2 * GRANULE),
+        ] {
+            let error = table.give_back(A, WindowRange { offset, len });
+            assert_eq!(error, Err(LeaseError::Outside { offset, len }));
+        }
+    }
+
+    #[test]
+    fn a_forced_release_names_the_leases_it_hit() {
+        let mut table = table(&[extent(0, 4), extent(8, 2)]);
+        table.grant(A, 2 * GRANULE);
+        table.grant(B, 2 * GRANULE);
+        let lost = table.sync(&[extent(8, 2)], |_| true).lost;
+        assert_eq!(lost, [(A, range_of(0, 2)), (B, range_of(2, 2))]);
+        assert_eq!(table.counts().leased, 0);
+    }
+
+    #[test]
+    fn the_ends_of_a_misaligned_extent_are_not_leased_and_can_go_back() {
+        let mut table = table(&[]);
+        let odd = DpaRange {
+            start: Dpa(BASE + GRANULE / 2),
+            len: 2 * GRANULE,
+        };
+        table.sync(&[Extent::untagged(odd)], |_| true);
+        assert_eq!(granules_of(&table.grant(A, 8 * GRANULE)), [1]);
+        let stranded = table.stranded(&odd);
+        assert_eq!(stranded.iter().map(|r| r.len).sum::<u64>(), GRANULE);
+    }
+
+    #[test]
+    fn release_takes_the_emptiest_extent_from_its_end() {
+        let mut table = table(&[extent(0, 4), extent(8, 4)]);
+        table.grant(A, GRANULE);
+        assert_eq!(table.mark_free(2 * GRANULE), 2 * GRANULE);
+        let parts = table.releasable();
+        assert_eq!(parts.len(), 1);
+        assert_eq!(granules_of(&parts[0].1), [10, 11]);
+        // What is marked is not leased any more.
+        assert_eq!(granules_of(&table.grant(B, 64 * GRANULE)), [1, 2, 3, 8, 9]);
+    }
+
+    #[test]
+    fn a_tag_goes_back_whole_or_not_at_all() {
+        let mut table = table(&[tagged(0, 2, 7), tagged(4, 2, 7)]);
+        assert_eq!(table.mark_free(2 * GRANULE), 0);
+        table.grant(A, GRANULE);
+        assert_eq!(table.mark_range(&extent(4, 1).range).len(), 2);
+        assert_eq!(table.releasable(), []);
+        assert_eq!(table.marked_leases(), [(A, range_of(0, 1))]);
+        table.give_back(A, range_of(0, 1)).unwrap();
+        let spans: Vec<u64> = table.releasable().iter().map(|(r, _)| r.len).collect();
+        assert_eq!(spans, [2 * GRANULE, 2 * GRANULE]);
+    }
+
+    #[test]
+    fn large_blocks_go_back_whole() {
+        let span = DpaRange {
+            start: Dpa(BASE),
+            len: 64 * GRANULE,
+        };
+        let mut table = LeaseTable::new(span, 4 * GRANULE);
+        table.sync(&[extent(0, 8)], |_| true);
+        table.grant(A, 5 * GRANULE);
+        table.give_back(A, range_of(0, 3)).unwrap();
+        assert_eq!(table.mark_free(GRANULE), 0);
+        table.give_back(A, range_of(3, 1)).unwrap();
+        assert_eq!(table.mark_free(GRANULE), 4 * GRANULE);
+        assert_eq!(granules_of(&table.releasable()[0].1), [0, 1, 2, 3]);
+    }
+
+    proptest::proptest! {
+        /// Whatever happens, the counts are those of the slots, and an extent's
+        /// leased count is what a walk over it finds.
+        #[test]
+        fn counts_never_drift(steps in proptest::collection::vec((0u8..7, 0usize..24, 1usize..6), 1..80)) {
+            let all = [extent(0, 8), extent(8, 8), tagged(20, 4, 3)];
+            let mut table = table(&all);
+            for (step, index, count) in steps {
+                let range = range_of(index, count);
+                match step {
+                    0 => drop(table.grant(A, count as u64 * GRANULE)),
+                    1 => drop(table.grant(B, count as u64 * GRANULE)),
+                    2 => drop(table.give_back(A, range)),
+                    3 => drop(table.end(B)),
+                    4 => if let Some(dirty) = table.next_dirty() {
+                        table.zeroed(dirty, count % 2 == 0);
+                    },
+                    5 => drop(table.mark_free(count as u64 * GRANULE)),
+                    _ => drop(table.sync(&all[..index % 4], |_| count % 2 == 0)),
+                }
+                let mut counts = Counts::default();
+                for slot in &table.slots {
+                    if let Some(count) = counts.of(*slot) {
+                        *count += 1;
+                    }
+                }
+                proptest::prop_assert_eq!(counts, table.counts());
+                for extent in &table.extents {
+                    let leased = extent.slots().filter(|i| matches!(table.slots[*i], Slot::Leased(_)));
+                    proptest::prop_assert_eq!(leased.count(), extent.leased);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! When a lease ends: when no process maps the client page any more.
+//!
+//! Not when the socket closes (a daemon closes its descriptors and lives), and
+//! not when the process dies (a forked child may map what it mapped). The
+//! kernel itself counts the writable shared mappings of a memfd, and refuses
+//! `F_SEAL_WRITE` with `EBUSY` while there is one (fcntl(2)).
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::{Errno, pread, pwrite};
+
+use super::client_page::{ClientStats, PAGE_SIZE, PAGE_VERSION};
+
+/// The broker's side of one client page.
+#[derive(Debug)]
+pub(super) struct Liveness {
+    page: OwnedFd,
+}
+
+impl Liveness {
+    /// A new page, mapped by nobody: [`Self::ended`] holds until a client maps it.
+    pub(super) fn new() -> Result<Self, Errno> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let page = memfd_create("dcmalloc-client", flags)?;
+        ftruncate(&page, PAGE_SIZE as u64)?;
+        // A client that shrank it would raise SIGBUS in its own forked children.
+        fcntl_add_seals(&page, SealFlags::SHRINK | SealFlags::GROW)?;
+        pwrite(&page, &PAGE_VERSION.to_ne_bytes(), 0)?;
+        Ok(Self { page })
+    }
+
+    /// The page, to be sent to the client. The broker must never map it.
+    pub(super) fn page(&self) -> BorrowedFd<'_> {
+        self.page.as_fd()
+    }
+
+    /// Whether the last mapping is gone. Once true, no process can map it again.
+    pub(super) fn ended(&self) -> bool {
+        fcntl_add_seals(&self.page, SealFlags::WRITE).is_ok()
+    }
+
+    /// What the client has counted so far.
+    pub(super) fn stats(&self) -> ClientStats {
+        let mut bytes = [0; PAGE_SIZE];
+        let read = pread(&self.page, &mut bytes, 0).unwrap_or(0);
+        ClientStats::from_bytes(&bytes[..read])
+    }
+}
+
+/// When to look again whether a client that seems gone is gone.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Probe {
+    since: Instant,
+    next: Instant,
+}
+
+impl Probe {
+    pub(super) fn start(now: Instant) -> Self {
+        Self {
+            since: now,
+            next: now,
+        }
+    }
+
+    pub(super) fn due(&self) -> Instant {
+        self.next
+    }
+
+    /// Notes a look in vain. Mappings of a dead process go within milliseconds;
+    /// whoever lives on may do so for days.
+    pub(super) fn again(&mut self, now: Instant) {
+        let waited = now.saturating_duration_since(self.since);
+        self.next = now
+            + if waited < Duration::from_secs(2) {
+                Duration::from_millis(20)
+            } else {
+                Duration::from_millis(250)
+            };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broker::client_page::ClientPageMapping;
+
+    #[test]
+    fn the_lease_lasts_exactly_as_long_as_a_mapping() {
+        let liveness = Liveness::new().unwrap();
+        let first = ClientPageMapping::map(liveness.page()).unwrap();
+        let second = ClientPageMapping::map(liveness.page()).unwrap();
+        assert!(!liveness.ended());
+        drop(first);
+        assert!(!liveness.ended());
+        drop(second);
+        assert!(liveness.ended());
+        assert!(ClientPageMapping::map(liveness.page()).is_err());
+        assert_eq!(liveness.stats().version, PAGE_VERSION);
+    }
+}

@@ -1,0 +1,500 @@
+//! Asking for memory back: free leases, then the clients, then the receipt.
+//!
+//! One recall at a time; the others queue. A recall marks what must go
+//! (`outgoing.rs`), gives the device what is free, asks clients for the rest,
+//! and gives the device what they return. Clients that do not answer by the
+//! deadline are named in the receipt.
+#![forbid(unsafe_code)]
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use super::admin::AdminReply;
+use super::connection::ConnectionId;
+use super::lease::ClientId;
+use super::protocol::{
+    GRANULE, Kind, MAX_RANGES, Message, RECALL_LOST, Ranges, RefusalReason, WindowRange,
+};
+use super::receipt::{DpaSpan, Origin, Receipt};
+use super::server::Broker;
+use crate::address::DpaRange;
+
+/// Receipts kept for `dcm status`.
+const HISTORY: usize = 64;
+
+/// What is asked back.
+#[derive(Debug, Clone)]
+pub(super) enum Target {
+    /// So many bytes, wherever it is cheapest.
+    Bytes(u64),
+    /// Just these.
+    Ranges(Vec<DpaRange>),
+}
+
+/// A recall that waits for its turn.
+#[derive(Debug)]
+pub(super) struct RecallRequest {
+    pub(super) origin: Origin,
+    pub(super) target: Target,
+    pub(super) patience: Duration,
+    /// Who gets the receipt.
+    pub(super) requester: Option<ConnectionId>,
+    pub(super) requested: Instant,
+}
+
+/// The recall under way, those that wait and the receipts of the last ones.
+#[derive(Debug, Default)]
+pub(super) struct Recalls {
+    active: Option<ActiveRecall>,
+    queue: VecDeque<RecallRequest>,
+    pub(super) receipts: VecDeque<Receipt>,
+    recalls: u64,
+    messages: u64,
+    /// Something marked may have become free.
+    returned: bool,
+}
+
+impl Recalls {
+    /// When the recall under way must end.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.active.as_ref().map(|recall| recall.deadline)
+    }
+}
+
+/// One message to one client that is not answered yet.
+#[derive(Debug)]
+struct Ask {
+    client: ClientId,
+    bytes: u64,
+}
+
+/// What a client did not return.
+#[derive(Debug)]
+pub(super) struct Declined {
+    pub(super) client: ClientId,
+    pub(super) pid: u32,
+    pub(super) bytes: u64,
+    pub(super) reason: RefusalReason,
+    pub(super) ranges: Ranges,
+}
+
+#[derive(Debug)]
+pub(super) struct ActiveRecall {
+    pub(super) target: Target,
+    pub(super) receipt: Receipt,
+    pub(super) declined: Vec<Declined>,
+    /// The device's words when it did not take something.
+    pub(super) device_error: Option<String>,
+    deadline: Instant,
+    requester: Option<ConnectionId>,
+    requested: Instant,
+    waiting: BTreeMap<u64, Ask>,
+    /// Clients with no more to give.
+    spent: BTreeSet<ClientId>,
+    /// Free bytes marked for this recall and not released yet.
+    claimed: u64,
+    /// Marked by this recall, leased or free.
+    marked: Vec<WindowRange>,
+    rounds: u32,
+}
+
+impl ActiveRecall {
+    pub(super) fn missing(&self) -> u64 {
+        let have = self.receipt.returned + self.claimed;
+        self.receipt.asked.saturating_sub(have)
+    }
+
+    fn decline(&mut self, ask: &Ask, pid: u32, reason: RefusalReason) {
+        self.declined.push(Declined {
+            client: ask.client,
+            pid,
+            bytes: ask.bytes,
+            reason,
+            ranges: Ranges::default(),
+        });
+    }
+}
+
+impl Broker {
+    /// Asks for memory back, at once if nothing else is being asked for.
+    pub(super) fn recall(&mut self, request: RecallRequest, now: Instant) {
+        self.recalls.queue.push_back(request);
+        self.start_recalls(now);
+    }
+
+    /// Ends what is overdue, and starts what waits.
+    pub(super) fn advance_recalls(&mut self, now: Instant) {
+        if let Some(mut recall) = self.recalls.active.take_if(|recall| recall.deadline <= now) {
+            self.claim(&mut recall);
+            let late = std::mem::take(&mut recall.waiting);
+            for ask in late.into_values() {
+                let pid = self.clients.get(&ask.client).map_or(0, |c| c.peer.pid);
+                recall.decline(&ask, pid, RefusalReason::Deadline);
+            }
+            let released = self.release_to_device(&mut recall.device_error);
+            credit(&mut recall, released, |receipt| {
+                &mut receipt.returned_purged
+            });
+            self.finish(recall, now);
+        }
+        if self.recalls.active.is_none() && std::mem::take(&mut self.recalls.returned) {
+            self.release_marked();
+        }
+        self.start_recalls(now);
+    }
+
+    fn start_recalls(&mut self, now: Instant) {
+        while self.recalls.active.is_none() {
+            let Some(request) = self.recalls.queue.pop_front() else {
+                return;
+            };
+            self.start(request, now);
+        }
+    }
+
+    fn start(&mut self, request: RecallRequest, now: Instant) {
+        self.recalls.recalls += 1;
+        self.counters.recalls += 1;
+        let mut recall = ActiveRecall {
+            receipt: self.new_receipt(request.origin, &request.target),
+            target: request.target,
+            declined: Vec::new(),
+            device_error: None,
+            deadline: now + request.patience,
+            requester: request.requester,
+            requested: request.requested,
+            waiting: BTreeMap::new(),
+            spent: BTreeSet::new(),
+            claimed: 0,
+            marked: Vec::new(),
+            rounds: 0,
+        };
+        if let Target::Ranges(ranges) = &recall.target {
+            let mut stranded = Vec::new();
+            for range in ranges {
+                recall.marked.extend(self.table.mark_range(range));
+                stranded.extend(self.table.stranded(range));
+            }
+            if !stranded.is_empty() && self.device.release(&stranded).is_ok() {
+                credit(&mut recall, stranded, |receipt| &mut receipt.returned_free);
+            }
+        }
+        self.claim(&mut recall);
+        let released = self.release_to_device(&mut recall.device_error);
+        credit(&mut recall, released, |receipt| &mut receipt.returned_free);
+        self.go_on(recall, now);
+    }
+
+    fn new_receipt(&self, origin: Origin, target: &Target) -> Receipt {
+        let asked = match target {
+            Target::Bytes(bytes) => *bytes,
+            Target::Ranges(ranges) => ranges.iter().map(|range| range.len).sum(),
+        };
+        Receipt {
+            id: self.recalls.recalls,
+            origin,
+            asked,
+            returned: 0,
+            returned_free: 0,
+            returned_purged: 0,
+            returned_rebound: 0,
+            ranges: Vec::new(),
+            refused: Vec::new(),
+            duration_us: 0,
+        }
+    }
+
+    /// Marks free memory for a recall of bytes, before anybody leases it.
+    fn claim(&mut self, recall: &mut ActiveRecall) {
+        if matches!(recall.target, Target::Bytes(_)) && recall.missing() > 0 {
+            recall.claimed += self.table.mark_free(recall.missing());
+        }
+    }
+
+    /// Something was returned: the recall under way has the first claim to it.
+    pub(super) fn claim_for_recall(&mut self) {
+        self.recalls.returned = true;
+        if let Some(mut recall) = self.recalls.active.take() {
+            self.claim(&mut recall);
+            self.recalls.active = Some(recall);
+        }
+    }
+
+    /// Gives the device what is marked and free, outside of any client's answer.
+    pub(super) fn release_marked(&mut self) {
+        let mut recall = self.recalls.active.take();
+        let mut error = None;
+        let released = self.release_to_device(&mut error);
+        if let Some(recall) = &mut recall {
+            credit(recall, released, |receipt| &mut receipt.returned_free);
+            recall.device_error = error.or(recall.device_error.take());
+        }
+        self.recalls.active = recall;
+    }
+
+    /// Asks the next clients, or ends the recall when there is nobody to ask.
+    fn go_on(&mut self, mut recall: ActiveRecall, now: Instant) {
+        if recall.waiting.is_empty() && recall.deadline > now {
+            match recall.target {
+                Target::Bytes(_) => self.ask_for_bytes(&mut recall, now),
+                Target::Ranges(_) if recall.rounds == 0 => self.ask_for_ranges(&mut recall, now),
+                Target::Ranges(_) => {}
+            }
+            recall.rounds += 1;
+        }
+        if recall.waiting.is_empty() {
+            self.finish(recall, now);
+        } else {
+            self.recalls.active = Some(recall);
+        }
+    }
+
+    /// Each client is asked for its share of what is missing.
+    fn ask_for_bytes(&mut self, recall: &mut ActiveRecall, now: Instant) {
+        let missing = recall.missing();
+        let holders: Vec<(ClientId, u64)> = self
+            .clients
+            .iter()
+            .filter(|(id, c)| c.connection.is_some() && c.leased > 0 && !recall.spent.contains(id))
+            .map(|(id, client)| (*id, client.leased))
+            .collect();
+        let held: u64 = holders.iter().map(|(_, leased)| leased).sum();
+        let mut left = missing;
+        for (id, leased) in holders {
+            if left == 0 {
+                break;
+            }
+            let share = u128::from(missing) * u128::from(leased) / u128::from(held);
+            let share = (share as u64).next_multiple_of(GRANULE).max(GRANULE);
+            let share = share.min(leased);
+            left = left.saturating_sub(share);
+            self.ask(recall, id, share, &[], now);
+        }
+    }
+
+    fn ask_for_ranges(&mut self, recall: &mut ActiveRecall, now: Instant) {
+        let mut wanted: BTreeMap<ClientId, Vec<WindowRange>> = BTreeMap::new();
+        for (client, range) in self.table.marked_leases() {
+            wanted.entry(client).or_default().push(range);
+        }
+        for (client, ranges) in wanted {
+            if self
+                .clients
+                .get(&client)
+                .is_none_or(|c| c.connection.is_none())
+            {
+                continue;
+            }
+            for chunk in ranges.chunks(MAX_RANGES) {
+                let bytes = chunk.iter().map(|range| range.len).sum();
+                self.ask(recall, client, bytes, chunk, now);
+            }
+        }
+    }
+
+    fn ask(
+        &mut self,
+        recall: &mut ActiveRecall,
+        client: ClientId,
+        bytes: u64,
+        ranges: &[WindowRange],
+        now: Instant,
+    ) {
+        let Some(to) = self.clients.get_mut(&client) else {
+            return;
+        };
+        to.recalls += 1;
+        let connection = to.connection;
+        self.recalls.messages += 1;
+        let id = self.recalls.messages;
+        // Some of the time is the broker's, to release what comes back.
+        let patience = recall.deadline.saturating_duration_since(now).mul_f32(0.9);
+        let message = Message::new(Kind::Recall)
+            .with_id(id)
+            .with_arg(0, bytes)
+            .with_arg(1, patience.as_millis() as u64)
+            .with_ranges(ranges);
+        self.post(connection, message);
+        recall.waiting.insert(id, Ask { client, bytes });
+    }
+
+    /// A client says what it did. Answers to recalls that are over count for nothing.
+    pub(super) fn recall_answered(&mut self, client: ClientId, message: &Message, now: Instant) {
+        let Some(mut recall) = self.recalls.active.take() else {
+            return;
+        };
+        let asked = |ask: &Ask| ask.client == client;
+        if recall.waiting.get(&message.id()).is_some_and(asked) {
+            recall.waiting.remove(&message.id());
+            let (purged, rebound, refused) = (message.arg(0), message.arg(1), message.arg(2));
+            if refused > 0 || purged.saturating_add(rebound) == 0 {
+                recall.spent.insert(client);
+            }
+            if refused > 0 {
+                recall.declined.push(Declined {
+                    client,
+                    pid: self.clients.get(&client).map_or(0, |c| c.peer.pid),
+                    bytes: refused,
+                    reason: RefusalReason::from_wire(message.arg(3)),
+                    ranges: message.ranges(),
+                });
+            }
+            self.claim(&mut recall);
+            let released = self.release_to_device(&mut recall.device_error);
+            let before = recall.receipt.returned;
+            credit(&mut recall, released, |receipt| {
+                &mut receipt.returned_purged
+            });
+            let rebound = rebound.min(recall.receipt.returned - before);
+            recall.receipt.returned_purged -= rebound;
+            recall.receipt.returned_rebound += rebound;
+        }
+        self.go_on(recall, now);
+    }
+
+    /// `client` can't answer any more.
+    pub(super) fn recall_unanswerable(&mut self, client: ClientId, now: Instant) {
+        let Some(mut recall) = self.recalls.active.take() else {
+            return;
+        };
+        let gone: Vec<u64> = recall
+            .waiting
+            .iter()
+            .filter_map(|(id, ask)| (ask.client == client).then_some(*id))
+            .collect();
+        if gone.is_empty() {
+            self.recalls.active = Some(recall);
+            return;
+        }
+        for id in gone {
+            if let Some(ask) = recall.waiting.remove(&id)
+                && let Some(still) = self.clients.get(&client)
+            {
+                recall.decline(&ask, still.peer.pid, RefusalReason::Unreachable);
+            }
+        }
+        self.go_on(recall, now);
+    }
+
+    /// Wipes and releases what is marked and free. What the device does not
+    /// take becomes ordinary free memory again.
+    fn release_to_device(&mut self, error: &mut Option<String>) -> Vec<DpaRange> {
+        let parts = self.table.releasable();
+        if parts.is_empty() {
+            return Vec::new();
+        }
+        for slots in parts.iter().flat_map(|(_, slots)| slots) {
+            self.window.discard(*slots);
+        }
+        let ranges: Vec<DpaRange> = parts.iter().map(|(range, _)| *range).collect();
+        if let Err(refused) = self.device.release(&ranges) {
+            *error = Some(describe(&refused));
+            self.device_error.clone_from(error);
+        }
+        self.sync_capacity();
+        let mut released = Vec::new();
+        for (range, slots) in parts {
+            if self.table.accepted_in(&range) == 0 {
+                released.push(range);
+            } else {
+                self.table.unmark(&slots);
+            }
+        }
+        released
+    }
+
+    fn finish(&mut self, mut recall: ActiveRecall, now: Instant) {
+        recall.receipt.refused = self.refusals(&recall);
+        // What the device asked for stays marked: it goes once it is free.
+        if recall.receipt.origin == Origin::Operator {
+            self.table.unmark(&recall.marked);
+        }
+        let spent = now.max(Instant::now()).duration_since(recall.requested);
+        recall.receipt.duration_us = spent.as_micros() as u64;
+        self.file_receipt(recall.receipt, recall.requester, now);
+    }
+
+    fn file_receipt(&mut self, receipt: Receipt, to: Option<ConnectionId>, now: Instant) {
+        if let Some(requester) = to {
+            self.reply(requester, &AdminReply::Receipt(receipt.clone()), now);
+        }
+        if self.recalls.receipts.len() == HISTORY {
+            self.recalls.receipts.pop_front();
+        }
+        self.recalls.receipts.push_back(receipt);
+    }
+
+    /// The device has taken `ranges`; `lost` were leased. Nobody can be asked,
+    /// but everybody concerned is told.
+    pub(super) fn taken_by_force(
+        &mut self,
+        ranges: &[DpaRange],
+        lost: &[(ClientId, WindowRange)],
+        now: Instant,
+    ) {
+        self.recalls.recalls += 1;
+        self.counters.recalls += 1;
+        let mut receipt = self.new_receipt(Origin::Forced, &Target::Ranges(ranges.to_vec()));
+        receipt.ranges = ranges.iter().copied().map(DpaSpan::from).collect();
+        let mut told: BTreeMap<ClientId, Vec<WindowRange>> = BTreeMap::new();
+        for (client, range) in lost {
+            told.entry(*client).or_default().push(*range);
+            let pid = self.clients.get(client).map(|c| c.peer.pid);
+            receipt
+                .refused
+                .push(self.refusal_of(*range, RefusalReason::Lost, pid));
+        }
+        receipt.returned = receipt.asked.saturating_sub(receipt.refused_bytes());
+        receipt.returned_free = receipt.returned;
+        for (id, ranges) in told {
+            let Some(client) = self.clients.get_mut(&id) else {
+                continue;
+            };
+            client.recalls += 1;
+            let bytes: u64 = ranges.iter().map(|range| range.len).sum();
+            client.leased = client.leased.saturating_sub(bytes);
+            let connection = client.connection;
+            for chunk in ranges.chunks(MAX_RANGES) {
+                self.recalls.messages += 1;
+                let message = Message::new(Kind::Recall)
+                    .with_id(self.recalls.messages)
+                    .with_arg(0, chunk.iter().map(|range| range.len).sum())
+                    .with_flags(RECALL_LOST)
+                    .with_ranges(chunk);
+                self.post(connection, message);
+            }
+        }
+        self.file_receipt(receipt, None, now);
+    }
+}
+
+/// Books what went back to the device under one of the receipt's steps.
+fn credit(
+    recall: &mut ActiveRecall,
+    released: Vec<DpaRange>,
+    step: impl FnOnce(&mut Receipt) -> &mut u64,
+) {
+    let bytes: u64 = released.iter().map(|range| range.len).sum();
+    recall.receipt.returned += bytes;
+    *step(&mut recall.receipt) += bytes;
+    recall
+        .receipt
+        .ranges
+        .extend(released.into_iter().map(DpaSpan::from));
+    // Whatever was claimed is released now, or unmarked because the device refused.
+    recall.claimed = 0;
+}
+
+/// An error with its causes, in one line.
+pub(super) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,381 @@
+//! The broker's loop: one thread, one device, all sockets.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use uuid::Uuid;
+
+use super::adding::PendingAdd;
+use super::connection::{Connection, ConnectionId, Phase};
+use super::lease::{ClientId, LeaseTable, Synced};
+use super::listener::Listener;
+use super::protocol::{GRANULE, WindowRange};
+use super::recall::Recalls;
+use super::report::Runs;
+use super::scrub::Window;
+use super::session::Client;
+use super::status::BrokerCounters;
+use crate::capacity::CapacityDevice;
+use crate::orchestrator::Orchestrator;
+
+/// How long wiping may go on before sockets are looked at again.
+const WIPE_BUDGET: Duration = Duration::from_millis(2);
+/// How long a connection may take to say hello.
+const HELLO_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the device is polled quickly after something happened.
+const BUSY_FOR: Duration = Duration::from_secs(2);
+/// Intervals of polling the device: after something happened, while a client
+/// waits for capacity, when nothing goes on, and after an error.
+const POLL_BUSY: Duration = Duration::from_millis(1);
+const POLL_STARVING: Duration = Duration::from_millis(5);
+const POLL_IDLE: Duration = Duration::from_millis(20);
+const POLL_FAILED: Duration = Duration::from_millis(250);
+
+/// Which users may take leases. Root and the broker's own user always may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admit {
+    /// Nobody else.
+    Owner,
+    /// Whoever knows the id of this run: programs that change their user.
+    Run(Uuid),
+    /// Everybody: a system's broker.
+    Anyone,
+}
+
+/// How a broker behaves.
+#[derive(Debug, Clone, Copy)]
+pub struct BrokerConfig {
+    /// Who may take leases.
+    pub admit: Admit,
+    /// How long clients may take when the device asks for memory back.
+    pub recall_deadline: Duration,
+    /// Free memory to keep ready as huge pages, in bytes; 0: none.
+    pub warm_reserve: u64,
+}
+
+impl Default for BrokerConfig {
+    fn default() -> Self {
+        Self {
+            admit: Admit::Owner,
+            recall_deadline: Duration::from_secs(2),
+            warm_reserve: 128 << 20,
+        }
+    }
+}
+
+/// The owner of a device and of all leases of it.
+pub struct Broker {
+    pub(super) device: Box<dyn CapacityDevice>,
+    pub(super) orchestrator: Option<Box<dyn Orchestrator>>,
+    pub(super) window: Window,
+    pub(super) config: BrokerConfig,
+    pub(super) table: LeaseTable,
+    pub(super) connections: BTreeMap<ConnectionId, Connection>,
+    pub(super) clients: BTreeMap<ClientId, Client>,
+    pub(super) runs: Runs,
+    pub(super) recalls: Recalls,
+    pub(super) adds: Vec<PendingAdd>,
+    pub(super) counters: BrokerCounters,
+    pub(super) started: Instant,
+    pub(super) device_error: Option<String>,
+    pub(super) userfaultfd: Option<OwnedFd>,
+    pub(super) next_client: u32,
+    next_connection: u64,
+    next_poll: Instant,
+    busy_until: Instant,
+    warming: bool,
+}
+
+impl Broker {
+    /// A broker over `device`, whose memory `window` shows from the lowest DC
+    /// region's base on. Capacity that the device lists as accepted is adopted.
+    pub fn new(
+        device: Box<dyn CapacityDevice>,
+        orchestrator: Option<Box<dyn Orchestrator>>,
+        window: Window,
+        config: BrokerConfig,
+    ) -> Self {
+        let now = Instant::now();
+        let mut span = device.dc_span();
+        span.len = span.len.min(window.len());
+        let table = LeaseTable::new(span, device.block_size());
+        let mut broker = Self {
+            device,
+            orchestrator,
+            window,
+            config,
+            table,
+            connections: BTreeMap::new(),
+            clients: BTreeMap::new(),
+            runs: Runs::default(),
+            recalls: Recalls::default(),
+            adds: Vec::new(),
+            counters: BrokerCounters::default(),
+            started: now,
+            device_error: None,
+            // Root's right, lent to clients that have none: see userfaultfd(2).
+            userfaultfd: rustix::fs::open(
+                "/dev/userfaultfd",
+                OFlags::RDWR | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+            .ok(),
+            next_client: 1,
+            next_connection: 1,
+            next_poll: now,
+            busy_until: now + BUSY_FOR,
+            warming: config.warm_reserve > 0,
+        };
+        broker.sync_capacity();
+        broker
+    }
+
+    /// Serves `listener` until `stop` says so.
+    ///
+    /// # Errors
+    /// Only what makes serving impossible: poll(2) itself failing.
+    pub fn serve(&mut self, listener: &Listener, stop: &Stop) -> Result<(), Errno> {
+        while !stop.reached(self.clients.is_empty()) {
+            self.turn(listener, stop)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for something to do, and does it.
+    fn turn(&mut self, listener: &Listener, stop: &Stop) -> Result<(), Errno> {
+        let ready = self.wait(listener, stop)?;
+        let now = Instant::now();
+        if ready.listener {
+            self.accept(listener, now);
+        }
+        for id in ready.dead {
+            if let Some(client) = self.clients.get_mut(&id) {
+                client.process_died(now);
+            }
+        }
+        for id in ready.connections {
+            self.converse(id, now);
+        }
+        if now >= self.next_poll {
+            self.poll_device(now);
+        }
+        self.wipe();
+        self.grant_leases();
+        self.probe_clients(now);
+        self.advance_recalls(now);
+        self.expire_adds(now);
+        self.drop_silent_connections(now);
+        self.warm();
+        Ok(())
+    }
+
+    fn wait(&self, listener: &Listener, stop: &Stop) -> Result<Ready, Errno> {
+        let mut fds = vec![
+            PollFd::new(listener, PollFlags::IN),
+            PollFd::new(&stop.event, PollFlags::IN),
+        ];
+        for connection in self.connections.values() {
+            let mut interest = PollFlags::IN;
+            if connection.is_blocked() {
+                interest |= PollFlags::OUT;
+            }
+            fds.push(PollFd::from_borrowed_fd(connection.fd(), interest));
+        }
+        let watched = || {
+            let clients = self.clients.iter();
+            clients.filter_map(|(id, client)| client.pidfd().map(|fd| (*id, fd)))
+        };
+        fds.extend(watched().map(|(_, fd)| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+
+        let wait = self.next_wake().saturating_duration_since(Instant::now());
+        let timeout = Timespec {
+            tv_sec: wait.as_secs() as i64,
+            tv_nsec: i64::from(wait.subsec_nanos()),
+        };
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+        let fired = |fd: &PollFd<'_>| !fd.revents().is_empty();
+        let (sockets, pidfds) = fds[2..].split_at(self.connections.len());
+        Ok(Ready {
+            listener: fired(&fds[0]),
+            connections: self
+                .connections
+                .keys()
+                .zip(sockets)
+                .filter_map(|(id, fd)| fired(fd).then_some(*id))
+                .collect(),
+            dead: watched()
+                .zip(pidfds)
+                .filter_map(|((id, _), fd)| fired(fd).then_some(id))
+                .collect(),
+        })
+    }
+
+    /// When there is something to do even if no socket says anything.
+    fn next_wake(&self) -> Instant {
+        let now = Instant::now();
+        if self.table.next_dirty().is_some() {
+            return now;
+        }
+        let mut wake = self.next_poll;
+        wake = wake.min(self.recalls.deadline().unwrap_or(wake));
+        for client in self.clients.values() {
+            wake = wake.min(client.probe_due().unwrap_or(wake));
+        }
+        if self.next_to_warm().is_some() {
+            wake = wake.min(now + POLL_BUSY);
+        }
+        wake
+    }
+
+    fn accept(&mut self, listener: &Listener, now: Instant) {
+        while let Ok(socket) = listener.accept() {
+            if let Ok(connection) = Connection::new(socket, now) {
+                let id = ConnectionId(self.next_connection);
+                self.next_connection += 1;
+                self.connections.insert(id, connection);
+            }
+        }
+    }
+
+    fn drop_silent_connections(&mut self, now: Instant) {
+        self.connections
+            .retain(|_, connection| match connection.phase {
+                Phase::New { since } => now.saturating_duration_since(since) < HELLO_PATIENCE,
+                _ => true,
+            });
+    }
+
+    fn poll_device(&mut self, now: Instant) {
+        let interval = match self.take_device_events(now) {
+            Err(()) => POLL_FAILED,
+            Ok(true) => {
+                self.stay_busy(now);
+                POLL_BUSY
+            }
+            Ok(false) if now < self.busy_until => POLL_BUSY,
+            Ok(false) if self.clients.values().any(|client| client.starving) => POLL_STARVING,
+            Ok(false) => POLL_IDLE,
+        };
+        self.next_poll = now + interval;
+    }
+
+    /// Something is going on: look at the device now, and often for a while.
+    pub(super) fn stay_busy(&mut self, now: Instant) {
+        self.busy_until = now + BUSY_FOR;
+        self.next_poll = now;
+    }
+
+    /// Takes over what the device says is accepted.
+    pub(super) fn sync_capacity(&mut self) -> Synced {
+        let device = &self.device;
+        let synced = self
+            .table
+            .sync(device.accepted(), |range| device.sanitizes(range));
+        if synced.gained > 0 {
+            self.warming = self.config.warm_reserve > 0;
+        }
+        synced
+    }
+
+    /// Wipes free memory of whoever had it before, for a little while.
+    pub(super) fn wipe(&mut self) {
+        let until = Instant::now() + WIPE_BUDGET;
+        while let Some(range) = self.table.next_dirty() {
+            let left = until.saturating_duration_since(Instant::now());
+            let zeroed = self.window.zero(range, left);
+            self.table.zeroed(zeroed, false);
+            self.counters.wiped_bytes += zeroed.len;
+            if left.is_zero() {
+                break;
+            }
+        }
+    }
+
+    fn next_to_warm(&self) -> Option<WindowRange> {
+        let reserve = (self.config.warm_reserve / GRANULE) as usize;
+        self.warming.then(|| self.table.next_cold(reserve))?
+    }
+
+    /// Makes one free granule a huge page. Takes milliseconds, so only one a
+    /// turn, and only when nothing else is waiting.
+    fn warm(&mut self) {
+        let Some(granule) = self.next_to_warm() else {
+            return;
+        };
+        if self.table.next_dirty().is_some() {
+            return;
+        }
+        if self.window.warm(granule.offset) {
+            self.table.zeroed(granule, true);
+        } else {
+            // No huge page to be had, or none supported: until capacity changes.
+            self.warming = false;
+        }
+    }
+}
+
+struct Ready {
+    listener: bool,
+    connections: Vec<ConnectionId>,
+    dead: Vec<ClientId>,
+}
+
+/// Ends [`Broker::serve`] from another thread.
+#[derive(Debug, Clone)]
+pub struct Stop {
+    event: Arc<OwnedFd>,
+    state: Arc<AtomicU8>,
+}
+
+const RUN: u8 = 0;
+const WHEN_IDLE: u8 = 1;
+const NOW: u8 = 2;
+
+impl Stop {
+    /// Not stopped yet.
+    ///
+    /// # Errors
+    /// No descriptor left.
+    pub fn new() -> Result<Self, Errno> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self {
+            event: Arc::new(event),
+            state: Arc::new(AtomicU8::new(RUN)),
+        })
+    }
+
+    /// Stop at once. Clients keep what they have mapped, and can't get more.
+    pub fn now(&self) {
+        self.raise(NOW);
+    }
+
+    /// Stop as soon as no client is left.
+    pub fn when_idle(&self) {
+        self.raise(WHEN_IDLE);
+    }
+
+    fn raise(&self, state: u8) {
+        self.state.fetch_max(state, Ordering::SeqCst);
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    }
+
+    fn reached(&self, idle: bool) -> bool {
+        // Read the event, so that poll waits again while clients remain.
+        let _ = rustix::io::read(&self.event, &mut [0u8; 8]);
+        match self.state.load(Ordering::SeqCst) {
+            RUN => false,
+            WHEN_IDLE => idle,
+            _ => true,
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! What clients say and what becomes of them.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use uuid::Uuid;
+
+use super::connection::{ConnectionId, Phase};
+use super::lease::ClientId;
+use super::liveness::{Liveness, Probe};
+use super::peer::{Peer, peer_pidfd};
+use super::protocol::{
+    GRANT_EXHAUSTED, GRANT_LAST, GRANULE, Kind, MAX_RANGES, Message, RefusedCode, Role, VERSION,
+    WELCOME_USERFAULTFD, WindowRange,
+};
+use super::server::{Admit, Broker};
+use super::socket::{Descriptors, SocketError};
+use super::status::ProcessReport;
+
+/// Messages read from one socket before the others get their turn.
+const BURST: usize = 32;
+
+/// A process that holds leases, or may ask for them.
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) connection: Option<ConnectionId>,
+    pub(super) peer: Peer,
+    /// Told that there is nothing; to be told when there is.
+    pub(super) starving: bool,
+    pub(super) leased: u64,
+    pub(super) recalls: u64,
+    run: Option<Uuid>,
+    command: String,
+    liveness: Liveness,
+    pidfd: Option<OwnedFd>,
+    probe: Option<Probe>,
+    /// Bytes still to be granted, for each request.
+    requests: VecDeque<u64>,
+    leased_peak: u64,
+    leases: u64,
+}
+
+impl Client {
+    /// Readable when the process is dead.
+    pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        self.pidfd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// A descriptor inherited by a child may keep the socket of a dead process open.
+    pub(super) fn process_died(&mut self, now: Instant) {
+        self.pidfd = None;
+        self.probe.get_or_insert(Probe::start(now));
+    }
+
+    pub(super) fn probe_due(&self) -> Option<Instant> {
+        self.probe.as_ref().map(Probe::due)
+    }
+
+    pub(super) fn report(&self, ended: bool) -> ProcessReport {
+        ProcessReport {
+            pid: self.peer.pid,
+            uid: self.peer.uid,
+            command: self.command.clone(),
+            run: self.run,
+            connected: self.connection.is_some(),
+            ended,
+            leased: self.leased,
+            leased_peak: self.leased_peak,
+            leases: self.leases,
+            recalls: self.recalls,
+            stats: self.liveness.stats(),
+        }
+    }
+
+    pub(super) fn run(&self) -> Option<Uuid> {
+        self.run
+    }
+}
+
+impl Broker {
+    /// Reads what `id` has sent and sends what waits for it.
+    pub(super) fn converse(&mut self, id: ConnectionId, now: Instant) {
+        for _ in 0..BURST {
+            let Some(connection) = self.connections.get_mut(&id) else {
+                return;
+            };
+            let mut fds = Descriptors::default();
+            let result = connection
+                .flush()
+                .and_then(|()| connection.receive(&mut fds));
+            match result {
+                Ok(None) => return,
+                Ok(Some(message)) => self.dispatch(id, &message, fds, now),
+                Err(error) => {
+                    if matches!(error, SocketError::Protocol(_)) {
+                        self.counters.malformed += 1;
+                        self.refuse_unread(id);
+                    }
+                    self.close(id, now);
+                }
+            }
+        }
+    }
+
+    fn dispatch(&mut self, id: ConnectionId, message: &Message, fds: Descriptors, now: Instant) {
+        let Some(connection) = self.connections.get(&id) else {
+            return;
+        };
+        match (connection.phase, message.kind()) {
+            (Phase::New { .. }, Some(Kind::Hello)) => self.hello(id, message, now),
+            (Phase::Client(client), Some(Kind::Lease)) => {
+                self.lease_requested(client, message, now);
+            }
+            (Phase::Client(client), Some(Kind::Return)) => self.returned(client, message),
+            (Phase::Client(client), Some(Kind::RecallAnswer)) => {
+                self.recall_answered(client, message, now);
+            }
+            (Phase::Admin, Some(Kind::AdminRequest)) => self.admin(id, fds, now),
+            _ => {
+                self.counters.malformed += 1;
+                self.refuse_unread(id);
+                self.close(id, now);
+            }
+        }
+    }
+
+    /// Tells a newcomer that it makes no sense; an established peer knows the protocol.
+    fn refuse_unread(&mut self, id: ConnectionId) {
+        if let Some(connection) = self.connections.get_mut(&id)
+            && matches!(connection.phase, Phase::New { .. })
+        {
+            let _ = connection.send(refusal(RefusedCode::Malformed));
+        }
+    }
+
+    fn hello(&mut self, id: ConnectionId, message: &Message, now: Instant) {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return;
+        };
+        let peer = connection.peer;
+        let run = (u128::from(message.arg(1)) << 64) | u128::from(message.arg(2));
+        let run = (run != 0).then(|| Uuid::from_u128(run));
+        let owner = peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw();
+        let admitted = owner
+            || match self.config.admit {
+                Admit::Owner => false,
+                Admit::Run(ours) => run == Some(ours),
+                Admit::Anyone => true,
+            };
+        let refused = if message.version() != VERSION {
+            Some(RefusedCode::Version)
+        } else if message.arg(0) == Role::Admin as u64 {
+            (!owner).then_some(RefusedCode::User)
+        } else if message.arg(0) != Role::Client as u64 {
+            Some(RefusedCode::Malformed)
+        } else {
+            (!admitted).then_some(RefusedCode::User)
+        };
+        if let Some(code) = refused {
+            let _ = connection.send(refusal(code));
+            self.counters.refused += 1;
+            self.close(id, now);
+        } else if message.arg(0) == Role::Admin as u64 {
+            connection.phase = Phase::Admin;
+            if connection.send(Message::new(Kind::Welcome)).is_err() {
+                self.close(id, now);
+            }
+        } else if let Err(code) = self.welcome(id, run) {
+            if let Some(connection) = self.connections.get_mut(&id) {
+                let _ = connection.send(refusal(code));
+            }
+            self.counters.refused += 1;
+            self.close(id, now);
+        }
+    }
+
+    fn welcome(&mut self, id: ConnectionId, run: Option<Uuid>) -> Result<(), RefusedCode> {
+        let liveness = Liveness::new().map_err(|_| RefusedCode::Full)?;
+        let client = ClientId(self.next_client);
+        let span = self.device.dc_span();
+        let connection = self.connections.get_mut(&id).ok_or(RefusedCode::Full)?;
+        let mut fds = vec![self.window.fd(), liveness.page()];
+        let mut flags = 0;
+        if let Some(userfaultfd) = &self.userfaultfd {
+            fds.push(userfaultfd.as_fd());
+            flags |= WELCOME_USERFAULTFD;
+        }
+        let message = Message::new(Kind::Welcome)
+            .with_arg(0, self.window.len())
+            .with_arg(1, GRANULE)
+            .with_arg(2, u64::from(client.0))
+            .with_arg(3, self.window.base())
+            .with_flags(flags)
+            .with_ranges(&[WindowRange {
+                offset: span.start.0,
+                len: span.len,
+            }]);
+        connection
+            .send_fds(&message, &fds)
+            .map_err(|_| RefusedCode::Full)?;
+        connection.phase = Phase::Client(client);
+        let peer = connection.peer;
+        let pidfd = peer_pidfd(connection.fd());
+        self.next_client += 1;
+        self.counters.clients += 1;
+        self.clients.insert(
+            client,
+            Client {
+                connection: Some(id),
+                peer,
+                starving: false,
+                leased: 0,
+                recalls: 0,
+                run,
+                command: command_of(peer.pid),
+                liveness,
+                pidfd,
+                probe: None,
+                requests: VecDeque::new(),
+                leased_peak: 0,
+                leases: 0,
+            },
+        );
+        Ok(())
+    }
+
+    fn lease_requested(&mut self, id: ClientId, message: &Message, now: Instant) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            // More than the window has can't be granted; rounding up must not wrap.
+            client
+                .requests
+                .push_back(message.arg(0).min(self.window.len()));
+            client.leases += 1;
+            self.counters.leases += 1;
+            self.stay_busy(now);
+        }
+    }
+
+    /// Answers lease requests as far as there is zeroed memory; those for which
+    /// memory is still being wiped wait.
+    pub(super) fn grant_leases(&mut self) {
+        let ids: Vec<ClientId> = self.clients.keys().copied().collect();
+        for id in ids {
+            while self.answer_lease(id) {}
+        }
+        if self.clients.values().any(|client| client.starving) && self.table.can_grant() {
+            self.announce_capacity();
+        }
+    }
+
+    /// Grants what can be granted for the first request of `id`; whether that
+    /// request is answered in full.
+    fn answer_lease(&mut self, id: ClientId) -> bool {
+        let Some(client) = self.clients.get_mut(&id) else {
+            return false;
+        };
+        let Some(&wanted) = client.requests.front() else {
+            return false;
+        };
+        let granted = self.table.grant(id, wanted);
+        let bytes: u64 = granted.iter().map(|range| range.len).sum();
+        let wanted = wanted.saturating_sub(bytes);
+        let exhausted = wanted > 0 && self.table.next_dirty().is_none();
+        let last = wanted == 0 || exhausted;
+        if last {
+            client.requests.pop_front();
+        } else {
+            client.requests[0] = wanted;
+        }
+        client.starving = exhausted;
+        client.leased += bytes;
+        client.leased_peak = client.leased_peak.max(client.leased);
+        self.counters.granted_bytes += bytes;
+        self.counters.exhausted += u64::from(exhausted);
+        let connection = client.connection;
+        let mut chunks: Vec<&[WindowRange]> = granted.chunks(MAX_RANGES).collect();
+        if chunks.is_empty() && last {
+            chunks.push(&[]);
+        }
+        for (index, chunk) in chunks.iter().enumerate() {
+            let mut flags = 0;
+            if last && index + 1 == chunks.len() {
+                flags |= GRANT_LAST;
+                flags |= if exhausted { GRANT_EXHAUSTED } else { 0 };
+            }
+            let bytes = chunk.iter().map(|range| range.len).sum();
+            let message = Message::new(Kind::Grant)
+                .with_arg(0, bytes)
+                .with_flags(flags)
+                .with_ranges(chunk);
+            self.post(connection, message);
+        }
+        last
+    }
+
+    fn announce_capacity(&mut self) {
+        let mut hungry = Vec::new();
+        for client in self.clients.values_mut() {
+            if std::mem::take(&mut client.starving) {
+                hungry.push(client.connection);
+            }
+        }
+        for connection in hungry {
+            self.post(connection, Message::new(Kind::CapacityAvailable));
+        }
+    }
+
+    fn returned(&mut self, id: ClientId, message: &Message) {
+        for range in message.ranges().as_slice() {
+            match self.table.give_back(id, *range) {
+                Ok(()) => {
+                    self.counters.returned_bytes += range.len;
+                    if let Some(client) = self.clients.get_mut(&id) {
+                        client.leased -= range.len;
+                    }
+                }
+                // A forced release may have crossed it on the way.
+                Err(_) => self.counters.malformed += 1,
+            }
+        }
+        self.claim_for_recall();
+    }
+
+    /// Sends `message` if there is still somebody to send it to.
+    pub(super) fn post(&mut self, connection: Option<ConnectionId>, message: Message) {
+        if let Some(connection) = connection.and_then(|id| self.connections.get_mut(&id)) {
+            // A broken socket shows again when it is read.
+            let _ = connection.send(message);
+        }
+    }
+
+    /// Closes a connection. Its client's leases go on until nobody maps them.
+    pub(super) fn close(&mut self, id: ConnectionId, now: Instant) {
+        let Some(connection) = self.connections.remove(&id) else {
+            return;
+        };
+        if let Phase::Client(client_id) = connection.phase
+            && let Some(client) = self.clients.get_mut(&client_id)
+        {
+            client.connection = None;
+            client.requests.clear();
+            client.starving = false;
+            client.probe.get_or_insert(Probe::start(now));
+            self.recall_unanswerable(client_id, now);
+        }
+    }
+
+    /// Ends the leases of clients that nobody maps any more.
+    pub(super) fn probe_clients(&mut self, now: Instant) {
+        let mut ended = Vec::new();
+        for (id, client) in &mut self.clients {
+            if let Some(probe) = client.probe.as_mut().filter(|probe| probe.due() <= now) {
+                if client.liveness.ended() {
+                    ended.push(*id);
+                } else {
+                    probe.again(now);
+                }
+            }
+        }
+        for id in ended {
+            let Some(mut client) = self.clients.remove(&id) else {
+                continue;
+            };
+            self.counters.returned_bytes += self.table.end(id);
+            self.counters.clients_ended += 1;
+            client.leased = 0;
+            if let Some(connection) = client.connection.take() {
+                self.connections.remove(&connection);
+            }
+            self.runs.ended(client.report(true));
+            self.claim_for_recall();
+            self.release_marked();
+            self.recall_unanswerable(id, now);
+        }
+    }
+}
+
+fn refusal(code: RefusedCode) -> Message {
+    Message::new(Kind::Refused)
+        .with_arg(0, code as u64)
+        .with_arg(1, u64::from(VERSION))
+}
+
+/// The process's name, for people; empty when it can't be seen.
+fn command_of(pid: u32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm"))
+        .map(|name| name.trim_end().to_owned())
+        .unwrap_or_default()
+}
