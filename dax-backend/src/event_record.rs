@@ -129,6 +129,8 @@ impl RawRecord {
 
 #[cfg(test)]
 mod tests {
+    use zerocopy::FromZeros;
+
     use super::*;
 
     #[test]

@@ -14,13 +14,19 @@
 //! device below that seam, with its fabric manager's side.
 
 pub mod address;
+pub mod broker;
 pub mod capacity;
 pub mod cmd;
+pub mod device;
 pub mod error;
 pub mod event_record;
 pub mod extent;
+pub mod extent_list;
+pub mod hdm;
+pub mod journal;
 pub mod mailbox;
 pub mod mmio;
+pub mod model;
 pub mod orchestrator;
 pub mod region;
 pub mod regs;

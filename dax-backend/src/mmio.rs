@@ -41,3 +41,33 @@ pub trait Mmio: Send {
     /// Copies a mailbox payload into the device block. Any width may be used for it.
     fn write_payload(&mut self, offset: u32, payload: &[u8]);
 }
+
+impl<M: Mmio + ?Sized> Mmio for Box<M> {
+    fn block_len(&self, block: RegisterBlock) -> u32 {
+        (**self).block_len(block)
+    }
+
+    fn read32(&mut self, block: RegisterBlock, offset: u32) -> u32 {
+        (**self).read32(block, offset)
+    }
+
+    fn read64(&mut self, block: RegisterBlock, offset: u32) -> u64 {
+        (**self).read64(block, offset)
+    }
+
+    fn write32(&mut self, block: RegisterBlock, offset: u32, value: u32) {
+        (**self).write32(block, offset, value);
+    }
+
+    fn write64(&mut self, block: RegisterBlock, offset: u32, value: u64) {
+        (**self).write64(block, offset, value);
+    }
+
+    fn read_payload(&mut self, offset: u32, payload: &mut [u8]) {
+        (**self).read_payload(offset, payload);
+    }
+
+    fn write_payload(&mut self, offset: u32, payload: &[u8]) {
+        (**self).write_payload(offset, payload);
+    }
+}

@@ -1,0 +1,201 @@
+//! Draining the event log: read, stage, write down, clear, and only then act.
+//!
+//! Records are cleared before the group they belong to is answered, because a group may be larger
+//! than the log. The journal bridges the gap: see [`crate::journal`].
+
+#![forbid(unsafe_code)]
+
+use std::time::Instant;
+
+use super::DcDevice;
+use crate::cmd::events::{
+    ClearEventRecords, ClearEventRecordsHeader, EventLogKind, EventRecords, GetEventRecords,
+};
+use crate::error::DeviceError;
+use crate::event_record::{RawRecord, RecordKind};
+use crate::journal::{Cut, RecordId, Work};
+use crate::mmio::{Mmio, RegisterBlock};
+use crate::regs::device_status::EventStatus;
+use crate::staging::{Closed, StagingAction, StagingEvent};
+
+/// Reads of the log in one go, after which the device must be writing as fast as we read.
+const MAX_READS: u32 = 1 << 16;
+/// Reads that may bring nothing but records that were cleared already.
+const MAX_STALE_READS: u32 = 2;
+
+impl<M: Mmio> DcDevice<M> {
+    /// Looks after time-outs, and reads the log if the device says there is something in it, or
+    /// if nobody has looked for a while: interrupts and status bits are edges that can be missed.
+    pub(super) fn read_events(&mut self, now: Instant) -> Result<(), DeviceError> {
+        let action = self.staging.step(now, StagingEvent::Tick);
+        self.act(action);
+        if self.unsaved {
+            self.save()?;
+        }
+        self.work_off()?;
+        let mut due = now >= self.next_drain;
+        // Drained to the last record, the status bit is clear; what came meanwhile sets it again.
+        for _ in 0..MAX_READS {
+            let raw = self
+                .mailbox
+                .mmio()
+                .read64(RegisterBlock::Device, self.event_status);
+            if !due && !EventStatus::from_bits(raw).dynamic_capacity() {
+                break;
+            }
+            due = false;
+            self.drain(now, false)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the log until it is empty. `opening` says that the records may be older than the
+    /// extents that were adopted.
+    pub(super) fn drain(&mut self, now: Instant, opening: bool) -> Result<(), DeviceError> {
+        self.next_drain = now + self.config.drain_interval;
+        let mut stale = 0;
+        for _ in 0..MAX_READS {
+            let read = self.mailbox.execute(&GetEventRecords {
+                log: EventLogKind::DynamicCapacity,
+            })?;
+            let ids: Vec<RecordId> = read.records.iter().map(RecordId::from).collect();
+            if !ids.is_empty() && ids.iter().all(|id| self.last_read.contains(id)) {
+                stale += 1;
+                if stale > MAX_STALE_READS {
+                    return Err(DeviceError::EventLogEndless { reads: stale });
+                }
+            }
+            self.stage(now, &read);
+            if read.records.is_empty() {
+                return self.work_off();
+            }
+            self.last_read = ids;
+            self.save()?;
+            self.clear(&read.records)?;
+            self.overflow_seen = false;
+            if opening {
+                self.drop_answered_groups();
+            }
+            self.work_off()?;
+        }
+        Err(DeviceError::EventLogEndless { reads: MAX_READS })
+    }
+
+    /// Stages what one read brought, except what an earlier read has brought already.
+    fn stage(&mut self, now: Instant, read: &EventRecords) {
+        if let Some(lost) = read.overflow
+            && !self.overflow_seen
+        {
+            self.overflow_seen = true;
+            self.counters.overflows += 1;
+            // A log that has run over is full, and nothing was cleared since: so many records
+            // from here on are older than those that were lost.
+            let after = if self.log_depth == 0 {
+                u32::MAX
+            } else {
+                self.log_depth
+            };
+            let lost = u32::from(lost.max(1));
+            self.cuts.push_back(Cut { after, lost });
+        }
+        for record in &read.records {
+            if self.last_read.contains(&RecordId::from(record)) {
+                continue;
+            }
+            self.counters.records += 1;
+            self.stage_record(now, record);
+            for cut in &mut self.cuts {
+                cut.after = cut.after.saturating_sub(1);
+            }
+            while let Some(cut) = self.cuts.pop_front_if(|cut| cut.after == 0) {
+                self.records_lost(now, cut);
+            }
+        }
+        if read.records.is_empty() {
+            while let Some(cut) = self.cuts.pop_front() {
+                self.records_lost(now, cut);
+            }
+        }
+    }
+
+    fn stage_record(&mut self, now: Instant, record: &RawRecord) {
+        match record.decode() {
+            RecordKind::Add { extent, more } => {
+                let action = self.staging.step(now, StagingEvent::Add { extent, more });
+                self.act(action);
+            }
+            RecordKind::Release { extent } => self.work.push_back(Work::Release(extent)),
+            RecordKind::ForcedRelease { extent } => {
+                self.work.push_back(Work::ForcedRelease(extent));
+            }
+            RecordKind::RegionUpdated { region } => {
+                self.work.push_back(Work::RegionUpdated(region));
+            }
+            RecordKind::Unknown { .. } => self.counters.records_unknown += 1,
+        }
+    }
+
+    /// Records are missing here: the open group ends, and whole groups may be among the lost.
+    fn records_lost(&mut self, now: Instant, cut: Cut) {
+        self.work.push_back(Work::Overflow { lost: cut.lost });
+        let open = !self.staging.open_extents().is_empty();
+        // At least one of the lost records belongs to the open group: its end.
+        let groups = cut.lost - u32::from(open);
+        self.unseen_groups = self.unseen_groups.saturating_add(groups);
+        let action = self.staging.step(now, StagingEvent::RecordsLost);
+        self.act(action);
+    }
+
+    fn act(&mut self, action: StagingAction) {
+        match action {
+            StagingAction::Wait => {}
+            StagingAction::Answer(group) => {
+                match group.closed {
+                    Closed::TimedOut => self.counters.group_timeouts += 1,
+                    Closed::TooLarge | Closed::OutOfMemory => self.counters.groups_too_large += 1,
+                    Closed::Complete | Closed::Truncated => {}
+                }
+                self.work.push_back(Work::Answer(group));
+                self.unsaved = true;
+            }
+            StagingAction::Discarded { last } => {
+                self.counters.records_discarded += 1;
+                self.unsaved = true;
+                // The device may take the late end of a chain for a group of its own.
+                self.unseen_groups = self.unseen_groups.saturating_add(last.into());
+            }
+        }
+    }
+
+    fn clear(&mut self, records: &[RawRecord]) -> Result<(), DeviceError> {
+        let handles: Vec<u16> = records.iter().map(|record| record.handle.get()).collect();
+        let room = self.mailbox.payload_len() - size_of::<ClearEventRecordsHeader>();
+        let per_command = (room / size_of::<u16>()).min(ClearEventRecords::MAX_CLEAR);
+        for handles in handles.chunks(per_command) {
+            let log = EventLogKind::DynamicCapacity;
+            self.mailbox.execute(&ClearEventRecords { log, handles })?;
+        }
+        Ok(())
+    }
+
+    /// A group with an extent that the device listed when it was opened has been answered, by a
+    /// driver that did not come to clear its records. Answering again would answer the next one.
+    fn drop_answered_groups(&mut self) {
+        let accepted = &self.accepted;
+        let mut dropped = 0;
+        self.work.retain(|work| {
+            let Work::Answer(group) = work else {
+                return true;
+            };
+            let answered = group
+                .extents
+                .iter()
+                .any(|offered| accepted.iter().any(|held| held.range == offered.range));
+            if answered {
+                dropped += group.extents.len() as u64;
+            }
+            !answered
+        });
+        self.counters.records_discarded += dropped;
+    }
+}

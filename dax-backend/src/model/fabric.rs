@@ -1,0 +1,492 @@
+//! The fabric manager's side of the device: FM-API 5602h, 5604h and 5605h as function calls.
+
+#![forbid(unsafe_code)]
+
+use std::time::Instant;
+
+use thiserror::Error;
+use zerocopy::FromZeros;
+
+use super::{DYNAMIC_CAPACITY, SoftwareDevice, State};
+use crate::address::{Dpa, DpaRange};
+use crate::event_record::{DYNAMIC_CAPACITY_RECORD, RECORD_MORE, RawRecord};
+use crate::extent::{Extent, ExtentTag};
+use crate::orchestrator::{Orchestrator, OrchestratorError};
+use crate::region::DcRegion;
+
+/// How capacity for an offer is chosen (CXL r3.1 7.6.7.6.5, "Selection Policy").
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AddPolicy {
+    /// Any free memory of the region: one extent for each length, more where it is in pieces.
+    Free(Vec<u64>),
+    /// One extent for each length.
+    Contiguous(Vec<u64>),
+    /// Exactly these ranges.
+    Prescriptive(Vec<DpaRange>),
+    /// What another host has under the request's tag.
+    EnableSharedAccess,
+}
+
+/// An offer: everything in it is one More group.
+#[derive(Clone, Debug)]
+pub struct AddRequest {
+    /// How it is chosen.
+    pub policy: AddPolicy,
+    /// Index of the DC region it comes from.
+    pub region: u8,
+    /// The tag its extents carry. Sharable regions need one.
+    pub tag: ExtentTag,
+}
+
+/// What is taken back (CXL r3.1 7.6.7.6.6, "Removal Policy").
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReleasePolicy {
+    /// Everything under a tag.
+    Tag(ExtentTag),
+    /// Exactly these ranges.
+    Prescriptive(Vec<DpaRange>),
+}
+
+/// Why the fabric manager's request makes no sense to the device.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum FabricError {
+    /// There is no such region.
+    #[error("there is no DC region {region}; the device has {regions}")]
+    NoSuchRegion {
+        /// What was asked for.
+        region: u8,
+        /// How many there are.
+        regions: usize,
+    },
+    /// Nothing was asked for.
+    #[error("the request names no capacity")]
+    Empty,
+    /// Not whole blocks of the region.
+    #[error("{range} is not whole {block_size:#x}-byte blocks of DC region {region}")]
+    NotInRegion {
+        /// What was asked for.
+        range: DpaRange,
+        /// The region it should lie in.
+        region: u8,
+        /// Its block size in bytes.
+        block_size: u64,
+    },
+    /// A length that is not whole blocks.
+    #[error("{len:#x} bytes are not a multiple of the {block_size:#x}-byte block")]
+    Misaligned {
+        /// What was asked for.
+        len: u64,
+        /// The region's block size in bytes.
+        block_size: u64,
+    },
+    /// Somebody has it.
+    #[error("{range} is not free")]
+    NotFree {
+        /// What was asked for.
+        range: DpaRange,
+    },
+    /// There is not that much, or not in one piece.
+    #[error("{wanted:#x} bytes are wanted and {available:#x} are free")]
+    NoCapacity {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Bytes free; in one piece, if that was asked for.
+        available: u64,
+    },
+    /// A sharable region's capacity is always tagged.
+    #[error("DC region {region} is sharable: its capacity needs a tag")]
+    TagNeeded {
+        /// The region.
+        region: u8,
+    },
+    /// No host has this tag.
+    #[error("no capacity has tag {tag}")]
+    NoSuchTag {
+        /// What was asked for.
+        tag: ExtentTag,
+    },
+    /// The host does not have it.
+    #[error("{range} is not accepted by the host")]
+    NotAccepted {
+        /// What was asked for.
+        range: DpaRange,
+    },
+    /// A region is changed only while nothing of it is in use.
+    #[error("DC region {region} is in use")]
+    RegionInUse {
+        /// The region.
+        region: u8,
+    },
+}
+
+/// The fabric manager's side of a [`SoftwareDevice`]. Clones are the same fabric.
+#[derive(Clone)]
+pub struct Fabric {
+    device: SoftwareDevice,
+}
+
+/// Types of dynamic capacity records, as in [`RawRecord::kind`].
+const ADD: u8 = 0;
+const RELEASE: u8 = 1;
+const FORCED_RELEASE: u8 = 2;
+const REGION_UPDATED: u8 = 3;
+
+impl Fabric {
+    pub(super) fn new(device: SoftwareDevice) -> Self {
+        Self { device }
+    }
+
+    /// Offers capacity to the host as one More group, and returns what is offered.
+    ///
+    /// # Errors
+    /// [`FabricError`]: nothing is offered.
+    pub fn add(&self, request: &AddRequest) -> Result<Vec<Extent>, FabricError> {
+        let mut state = self.settled();
+        if request.policy == AddPolicy::EnableSharedAccess {
+            let shared = state.capacity.shared_with(request.tag);
+            let tag = request.tag;
+            let extents = shared.ok_or(FabricError::NoSuchTag { tag })?.to_vec();
+            state.offer(&extents, true);
+            return Ok(extents);
+        }
+        let extents = state.select(request)?;
+        state.offer(&extents, false);
+        Ok(extents)
+    }
+
+    /// Gives capacity of a sharable region to another host, so that
+    /// [`AddPolicy::EnableSharedAccess`] can offer it to this one.
+    ///
+    /// # Errors
+    /// [`FabricError`]: nothing is given.
+    pub fn add_elsewhere(&self, request: &AddRequest) -> Result<Vec<Extent>, FabricError> {
+        let mut state = self.settled();
+        let extents = state.select(request)?;
+        state.capacity.give_elsewhere(request.tag, extents.clone());
+        Ok(extents)
+    }
+
+    /// Offers extents as they are, well-formed or not, as a broken device might.
+    pub fn add_unchecked(&self, extents: &[Extent]) {
+        self.settled().offer(extents, false);
+    }
+
+    /// Writes a record into the dynamic capacity event log and does nothing else.
+    pub fn push_record(&self, record: RawRecord) {
+        self.settled().log(record);
+    }
+
+    /// Asks the host for capacity back; with `forced`, takes it at once.
+    ///
+    /// # Errors
+    /// [`FabricError`]: nothing is asked.
+    pub fn release(&self, policy: &ReleasePolicy, forced: bool) -> Result<(), FabricError> {
+        let mut state = self.settled();
+        let accepted = state.capacity.accepted();
+        let wanted: Vec<Extent> = match policy {
+            ReleasePolicy::Tag(tag) => {
+                let tagged = accepted
+                    .iter()
+                    .filter(|extent| extent.tag == *tag && !tag.is_null());
+                let tagged: Vec<Extent> = tagged.copied().collect();
+                if tagged.is_empty() {
+                    return Err(FabricError::NoSuchTag { tag: *tag });
+                }
+                tagged
+            }
+            ReleasePolicy::Prescriptive(ranges) => {
+                let wanted = ranges.iter().map(|range| pieces_of(accepted, *range));
+                wanted.collect::<Result<Vec<_>, _>>()?.concat()
+            }
+        };
+        if wanted.is_empty() {
+            return Err(FabricError::Empty);
+        }
+        let ranges: Vec<DpaRange> = wanted.iter().map(|extent| extent.range).collect();
+        if forced {
+            state.capacity.force(&ranges);
+        }
+        state.log_extents(if forced { FORCED_RELEASE } else { RELEASE }, &wanted);
+        Ok(())
+    }
+
+    /// Changes a region's block size and tells the host that the region has changed.
+    ///
+    /// # Errors
+    /// [`FabricError`]: nothing is changed.
+    pub fn update_region(&self, region: u8, block_size: u64) -> Result<(), FabricError> {
+        let mut state = self.settled();
+        let range = state.region(region)?.range();
+        if state
+            .capacity
+            .taken()
+            .any(|extent| extent.range.intersects(&range))
+        {
+            return Err(FabricError::RegionInUse { region });
+        }
+        state.capacity.set_block_size(region.into(), block_size);
+        let record = RawRecord {
+            region,
+            ..record(REGION_UPDATED)
+        };
+        state.log(record);
+        Ok(())
+    }
+
+    /// Commits an HDM decoder of the device as firmware may have done before the driver came.
+    pub fn commit_decoder(&self, index: usize, base: u64, size: u64, skip: u64) {
+        self.settled().decoders.commit(index, base, size, skip);
+    }
+
+    fn settled(&self) -> std::sync::MutexGuard<'_, State> {
+        let mut state = self.device.lock();
+        state.settle(Instant::now());
+        state
+    }
+}
+
+impl Orchestrator for Fabric {
+    fn add(&mut self, sizes: &[u64], tag: ExtentTag) -> Result<Vec<Extent>, OrchestratorError> {
+        let regions = self.device.lock().capacity.regions().len() as u8;
+        let mut refused = FabricError::Empty;
+        for region in 0..regions {
+            let policy = AddPolicy::Free(sizes.to_vec());
+            match Fabric::add(
+                self,
+                &AddRequest {
+                    policy,
+                    region,
+                    tag,
+                },
+            ) {
+                Ok(extents) => return Ok(extents),
+                Err(error) => refused = error,
+            }
+        }
+        Err(refused.into())
+    }
+
+    fn release(&mut self, ranges: &[DpaRange], forced: bool) -> Result<(), OrchestratorError> {
+        let policy = ReleasePolicy::Prescriptive(ranges.to_vec());
+        Ok(Fabric::release(self, &policy, forced)?)
+    }
+}
+
+impl From<FabricError> for OrchestratorError {
+    fn from(error: FabricError) -> Self {
+        match error {
+            FabricError::NoCapacity { wanted, available } => Self::NoCapacity { wanted, available },
+            other => Self::Refused {
+                reason: other.to_string(),
+            },
+        }
+    }
+}
+
+impl State {
+    fn region(&self, index: u8) -> Result<DcRegion, FabricError> {
+        let regions = self.capacity.regions();
+        let region = regions.get(usize::from(index)).copied();
+        region.ok_or(FabricError::NoSuchRegion {
+            region: index,
+            regions: regions.len(),
+        })
+    }
+
+    /// The extents that a request comes to, none of them taken yet.
+    fn select(&self, request: &AddRequest) -> Result<Vec<Extent>, FabricError> {
+        let region = self.region(request.region)?;
+        let sharable = self.capacity.is_sharable(&region);
+        if sharable && request.tag.is_null() {
+            return Err(FabricError::TagNeeded {
+                region: region.index,
+            });
+        }
+        let mut free = self.free(&region);
+        let ranges = match &request.policy {
+            AddPolicy::Free(lens) => take_any(&mut free, lens, &region)?,
+            AddPolicy::Contiguous(lens) => take_contiguous(&mut free, lens, &region)?,
+            AddPolicy::Prescriptive(ranges) => take_these(&mut free, ranges, &region)?,
+            AddPolicy::EnableSharedAccess => Vec::new(),
+        };
+        if ranges.is_empty() {
+            return Err(FabricError::Empty);
+        }
+        let number = |place: usize| if sharable { place as u16 } else { 0 };
+        let extents = ranges.into_iter().enumerate().map(|(place, range)| Extent {
+            range,
+            tag: request.tag,
+            shared_seq: number(place),
+        });
+        Ok(extents.collect())
+    }
+
+    /// What nobody has of a region, in rising order.
+    fn free(&self, region: &DcRegion) -> Vec<DpaRange> {
+        let mut free = vec![region.range()];
+        for taken in self.capacity.taken() {
+            free = free
+                .iter()
+                .flat_map(|hole| hole.subtract(&taken.range))
+                .flatten()
+                .collect();
+        }
+        free
+    }
+
+    /// One More group: an entry in the queue of offers, and a record for each extent.
+    fn offer(&mut self, extents: &[Extent], whole: bool) {
+        self.capacity.offer(extents.to_vec(), whole);
+        self.audit.groups_offered += 1;
+        self.log_extents(ADD, extents);
+    }
+
+    /// A record for each extent, with More on all but the last.
+    fn log_extents(&mut self, kind: u8, extents: &[Extent]) {
+        for (index, extent) in extents.iter().enumerate() {
+            let more = index + 1 < extents.len();
+            self.log(RawRecord {
+                flags: if more { RECORD_MORE } else { 0 },
+                start: extent.range.start.0.into(),
+                extent_len: extent.range.len.into(),
+                tag: extent.tag.0,
+                shared_seq: extent.shared_seq.into(),
+                ..record(kind)
+            });
+        }
+    }
+
+    fn log(&mut self, record: RawRecord) {
+        let timestamp = self.timestamp();
+        self.logs[DYNAMIC_CAPACITY].push(record, timestamp);
+    }
+}
+
+fn record(kind: u8) -> RawRecord {
+    RawRecord {
+        uuid: DYNAMIC_CAPACITY_RECORD,
+        len: size_of::<RawRecord>() as u8,
+        kind,
+        ..RawRecord::new_zeroed()
+    }
+}
+
+/// The accepted pieces that make up `range`.
+fn pieces_of(accepted: &[Extent], range: DpaRange) -> Result<Vec<Extent>, FabricError> {
+    let pieces = accepted.iter().filter_map(|extent| {
+        let range = extent.range.intersection(&range)?;
+        Some(Extent { range, ..*extent })
+    });
+    let pieces: Vec<Extent> = pieces.collect();
+    if range.is_empty() || pieces.iter().map(|piece| piece.range.len).sum::<u64>() != range.len {
+        return Err(FabricError::NotAccepted { range });
+    }
+    Ok(pieces)
+}
+
+fn check_len(len: u64, region: &DcRegion) -> Result<(), FabricError> {
+    let block_size = region.block_size;
+    match len {
+        0 => Err(FabricError::Empty),
+        _ if !len.is_multiple_of(block_size) => Err(FabricError::Misaligned { len, block_size }),
+        _ => Ok(()),
+    }
+}
+
+/// Takes `len` bytes off the start of the hole at `index`.
+fn take_from(free: &mut Vec<DpaRange>, index: usize, len: u64) -> DpaRange {
+    let hole = free[index];
+    let taken = DpaRange {
+        start: hole.start,
+        len: len.min(hole.len),
+    };
+    match hole.subtract(&taken)[1] {
+        Some(rest) => free[index] = rest,
+        None => drop(free.remove(index)),
+    }
+    taken
+}
+
+fn take_contiguous(
+    free: &mut Vec<DpaRange>,
+    lens: &[u64],
+    region: &DcRegion,
+) -> Result<Vec<DpaRange>, FabricError> {
+    let take = |len: &u64| {
+        check_len(*len, region)?;
+        let Some(index) = free.iter().position(|hole| hole.len >= *len) else {
+            let available = free.iter().map(|hole| hole.len).max().unwrap_or(0);
+            return Err(FabricError::NoCapacity {
+                wanted: *len,
+                available,
+            });
+        };
+        Ok(take_from(free, index, *len))
+    };
+    lens.iter().map(take).collect()
+}
+
+fn take_any(
+    free: &mut Vec<DpaRange>,
+    lens: &[u64],
+    region: &DcRegion,
+) -> Result<Vec<DpaRange>, FabricError> {
+    let available = free.iter().map(|hole| hole.len).sum();
+    let wanted = lens
+        .iter()
+        .fold(0, |sum: u64, len| sum.saturating_add(*len));
+    let mut taken = Vec::new();
+    for len in lens {
+        check_len(*len, region)?;
+        let mut rest = *len;
+        while rest > 0 {
+            let whole = free.iter().position(|hole| hole.len >= rest);
+            if free.is_empty() {
+                return Err(FabricError::NoCapacity { wanted, available });
+            }
+            let range = take_from(free, whole.unwrap_or(0), rest);
+            rest -= range.len;
+            taken.push(range);
+        }
+    }
+    Ok(taken)
+}
+
+fn take_these(
+    free: &mut Vec<DpaRange>,
+    ranges: &[DpaRange],
+    region: &DcRegion,
+) -> Result<Vec<DpaRange>, FabricError> {
+    for &range in ranges {
+        if DpaRange::new(range.start, range.len).is_none()
+            || range.is_empty()
+            || !region.range().contains(&range)
+            || !range.is_aligned(region.base, region.block_size)
+        {
+            return Err(FabricError::NotInRegion {
+                range,
+                region: region.index,
+                block_size: region.block_size,
+            });
+        }
+        let Some(index) = free.iter().position(|hole| hole.contains(&range)) else {
+            return Err(FabricError::NotFree { range });
+        };
+        let hole = free.remove(index);
+        free.extend(hole.subtract(&range).into_iter().flatten());
+    }
+    Ok(ranges.to_vec())
+}
+
+/// The lowest DPA of a region, for prescriptive requests.
+impl Fabric {
+    /// Where a region starts; `None` if there is no such region.
+    pub fn region_base(&self, region: u8) -> Option<Dpa> {
+        self.device
+            .lock()
+            .region(region)
+            .ok()
+            .map(|region| region.base)
+    }
+}

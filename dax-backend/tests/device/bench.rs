@@ -1,0 +1,147 @@
+//! What tests work with: a device, the driver for it, and the fabric manager's side.
+
+use std::time::Duration;
+
+use dax_backend::address::{Dpa, DpaRange};
+use dax_backend::capacity::{CapacityDevice, DeviceEvent};
+use dax_backend::device::{DcDevice, DeviceConfig};
+use dax_backend::extent::{Extent, ExtentTag};
+use dax_backend::mailbox::MailboxConfig;
+use dax_backend::mmio::Mmio;
+use dax_backend::model::{
+    AddPolicy, AddRequest, Fabric, ModelConfig, ReleasePolicy, SoftwareDevice,
+};
+
+pub(crate) const MIB: u64 = 1 << 20;
+pub(crate) const BLOCK: u64 = 2 * MIB;
+
+/// The driver under test, on whatever gives it registers.
+pub(crate) type Driver = DcDevice<Box<dyn Mmio>>;
+
+/// A device to test the driver on.
+pub(crate) struct TestDevice {
+    pub(crate) model: SoftwareDevice,
+    pub(crate) fabric: Fabric,
+}
+
+/// The device that tests run on: the software model with `config`.
+pub(crate) fn test_device(config: ModelConfig) -> TestDevice {
+    let model = SoftwareDevice::new(config).expect("a memfd");
+    TestDevice {
+        fabric: model.fabric(),
+        model,
+    }
+}
+
+/// A device of 1 GiB in 2 MiB blocks and its driver.
+pub(crate) fn opened() -> (TestDevice, Driver) {
+    let device = test_device(ModelConfig::default());
+    let driver = device.open();
+    (device, driver)
+}
+
+/// Time-outs short enough for tests.
+pub(crate) fn config() -> DeviceConfig {
+    DeviceConfig {
+        mailbox: MailboxConfig {
+            doorbell_timeout: Duration::from_millis(40),
+            background_timeout: Duration::from_millis(200),
+            attempts: 4,
+            first_backoff: Duration::from_micros(100),
+        },
+        ready_timeout: Duration::from_millis(200),
+        ..DeviceConfig::default()
+    }
+}
+
+impl TestDevice {
+    pub(crate) fn mmio(&self) -> Box<dyn Mmio> {
+        Box::new(self.model.mmio())
+    }
+
+    pub(crate) fn open(&self) -> Driver {
+        self.open_with(config())
+    }
+
+    pub(crate) fn open_with(&self, config: DeviceConfig) -> Driver {
+        DcDevice::open(self.mmio(), config).expect("the device opens")
+    }
+
+    /// Block `start` of DC region 0 and `len` blocks from there.
+    pub(crate) fn blocks(&self, start: u64, len: u64) -> DpaRange {
+        let base = self.fabric.region_base(0).expect("a region");
+        range(base.0 + start * BLOCK, len * BLOCK)
+    }
+
+    /// Offers ranges of region 0 as one group.
+    pub(crate) fn offer(&self, ranges: &[DpaRange]) -> Vec<Extent> {
+        self.offer_tagged(ranges, ExtentTag::NULL)
+    }
+
+    pub(crate) fn offer_tagged(&self, ranges: &[DpaRange], tag: ExtentTag) -> Vec<Extent> {
+        let policy = AddPolicy::Prescriptive(ranges.to_vec());
+        self.fabric
+            .add(&AddRequest {
+                policy,
+                region: 0,
+                tag,
+            })
+            .expect("the fabric offers")
+    }
+
+    pub(crate) fn ask_back(&self, ranges: &[DpaRange]) {
+        let policy = ReleasePolicy::Prescriptive(ranges.to_vec());
+        self.fabric
+            .release(&policy, false)
+            .expect("the fabric asks");
+    }
+
+    /// The host has kept to the protocol, and nothing is left unanswered or unread.
+    pub(crate) fn assert_settled(&self, driver: &Driver) {
+        let audit = self.model.audit();
+        assert!(audit.is_clean(), "the host broke the protocol: {audit:?}");
+        assert_eq!(audit.groups_pending, 0, "groups left unanswered");
+        assert_eq!(audit.records_in_log, 0, "records left in the log");
+        assert_eq!(
+            sorted(&audit.accepted),
+            driver.accepted(),
+            "device and driver disagree"
+        );
+    }
+}
+
+pub(crate) fn range(start: u64, len: u64) -> DpaRange {
+    DpaRange {
+        start: Dpa(start),
+        len,
+    }
+}
+
+pub(crate) fn tag(number: u8) -> ExtentTag {
+    ExtentTag([number; 16])
+}
+
+pub(crate) fn sorted(extents: &[Extent]) -> Vec<Extent> {
+    let mut extents = extents.to_vec();
+    extents.sort_by_key(|extent| extent.range);
+    extents
+}
+
+pub(crate) fn ranges(extents: &[Extent]) -> Vec<DpaRange> {
+    extents.iter().map(|extent| extent.range).collect()
+}
+
+/// What was accepted and what was rejected, of all events together.
+pub(crate) fn outcome(events: &[DeviceEvent]) -> (Vec<Extent>, Vec<Extent>) {
+    let (mut accepted, mut rejected) = (Vec::new(), Vec::new());
+    for event in events {
+        match event {
+            DeviceEvent::Accepted { extents } => accepted.extend_from_slice(extents),
+            DeviceEvent::Rejected { extents } => {
+                rejected.extend(extents.iter().map(|(extent, _)| *extent));
+            }
+            _ => {}
+        }
+    }
+    (accepted, rejected)
+}
