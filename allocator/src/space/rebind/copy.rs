@@ -1,36 +1,23 @@
 //! The copy of a granule.
 
 use super::{LivePages, PAGE};
-use core::ptr::copy_nonoverlapping;
 
-/// Copies the live pages.
-///
-/// `cached` says that the target was written a moment ago and is still in the
-/// cache. Otherwise the copy goes around the cache: it then needs not read
-/// the target first, which takes half the time of a memcpy, and it does not
-/// evict what the program has there.
+/// Copies the live pages, around the cache: the target need not be read first,
+/// which halves the time of a memcpy, and what the program has in the cache
+/// stays there.
 ///
 /// # Safety
 /// Both are granules, do not overlap, and nobody writes to either meanwhile.
-pub(super) unsafe fn copy_live(from: *const u8, to: *mut u8, live: &LivePages, cached: bool) {
+pub(super) unsafe fn copy_live(from: *const u8, to: *mut u8, live: &LivePages) {
     for pages in live.runs() {
         let (at, len) = (pages.start * PAGE, pages.len() * PAGE);
         // SAFETY: whole pages of a granule.
-        let (from, to) = unsafe { (from.add(at), to.add(at)) };
-        // SAFETY: the caller's; `stream` wants pages, and gets them.
-        unsafe {
-            match cached {
-                true => copy_nonoverlapping(from, to, len),
-                false => stream(from, to, len),
-            }
-        }
+        unsafe { stream(from.add(at), to.add(at), len) };
     }
 }
 
-/// Copies with stores that bypass the cache.
-///
 /// # Safety
-/// As [`copy_nonoverlapping`]; addresses and length are multiples of a page.
+/// As `copy_nonoverlapping`; addresses and length are multiples of a page.
 #[cfg(target_arch = "x86_64")]
 unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
     use core::arch::x86_64::{__m128i, _mm_load_si128, _mm_sfence, _mm_stream_si128};
@@ -57,7 +44,7 @@ unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
 #[cfg(not(target_arch = "x86_64"))]
 unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
     // SAFETY: the caller's.
-    unsafe { copy_nonoverlapping(from, to, len) };
+    unsafe { core::ptr::copy_nonoverlapping(from, to, len) };
 }
 
 #[cfg(test)]
@@ -85,16 +72,14 @@ mod tests {
         let from = granule(|i| (i / 7) as u8);
         let mut live = LivePages([0; 8]);
         (live.0[0], live.0[3], live.0[7]) = (0b1011, !0, 1 << 63);
-        for cached in [false, true] {
-            let mut to = granule(|_| 0xEE);
-            // SAFETY: two granules of this test.
-            unsafe { copy_live(from.0.as_ptr(), to.0.as_mut_ptr(), &live, cached) };
-            for (page, bytes) in to.0.chunks(PAGE).enumerate() {
-                let at = page * PAGE;
-                match live.0[page / 64] >> (page % 64) & 1 {
-                    1 => assert!(bytes == &from.0[at..at + PAGE], "page {page}"),
-                    _ => assert!(bytes.iter().all(|&byte| byte == 0xEE), "page {page}"),
-                }
+        let mut to = granule(|_| 0xEE);
+        // SAFETY: two granules of this test.
+        unsafe { copy_live(from.0.as_ptr(), to.0.as_mut_ptr(), &live) };
+        for (page, bytes) in to.0.chunks(PAGE).enumerate() {
+            let at = page * PAGE;
+            match live.0[page / 64] >> (page % 64) & 1 {
+                1 => assert!(bytes == &from.0[at..at + PAGE], "page {page}"),
+                _ => assert!(bytes.iter().all(|&byte| byte == 0xEE), "page {page}"),
             }
         }
     }

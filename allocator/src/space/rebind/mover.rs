@@ -113,10 +113,9 @@ impl Mover {
         let mut taken = unsafe { self.take(va, from) }?;
         let mut bytes_copied = 0;
         while let Some(i) = self.next(&taken) {
-            let cleared = spare.clear_now(i);
             // SAFETY: content and spare are whole granules; no thread knows
             // either but this one.
-            unsafe { copy_live(taken.content(i), spare.granule(i), steps[i].live, cleared) };
+            unsafe { copy_live(taken.content(i), spare.granule(i), steps[i].live) };
             // SAFETY: granule `i` waits, and its spare is filled.
             if let Err(errno) = unsafe { self.give(taken.granule(i), &mut spare, i) } {
                 // What it frees is what the kernel lacked.

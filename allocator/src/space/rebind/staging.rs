@@ -107,11 +107,17 @@ impl Staging {
         Ok(())
     }
 
-    /// Makes granule `i` anonymous memory, a huge page once it is touched.
+    /// Makes granule `i` anonymous memory, a huge page if there is one.
     fn map_huge(&mut self, i: usize) -> Result<(), Errno> {
+        let at = self.granule(i);
         // A kernel without huge pages refuses the advice.
-        let _ = advise(self.granule(i), GRANULE, Advice::LinuxHugepage);
-        allow_access(self.granule(i), GRANULE)
+        let _ = advise(at, GRANULE, Advice::LinuxHugepage);
+        allow_access(at, GRANULE)?;
+        // The kernel clears a huge page towards the address that faults, and
+        // upwards takes it less than half the time that downwards does.
+        populate(at + GRANULE - PAGE, PAGE);
+        populate(at, GRANULE);
+        Ok(())
     }
 
     /// Makes granule `i` anonymous memory with the live pages present.
@@ -157,14 +163,12 @@ impl Drop for Staging {
 #[derive(Debug)]
 pub struct Spare {
     pub(super) staging: Staging,
-    /// A bit per granule that is to be a huge page and has none yet.
-    huge: u32,
 }
 
 impl Spare {
-    /// Makes the memory that `steps` ask for. A granule of DRAM that is mostly
-    /// live will be a huge page where the system gives one; otherwise just the
-    /// live pages are there, and the rest reads as zeroes.
+    /// Makes the memory that `steps` ask for, with its pages present. A granule
+    /// of DRAM that is mostly live is a huge page where the system gives one;
+    /// otherwise only its live pages take memory, and the rest reads as zeroes.
     ///
     /// # Errors
     /// `ENOMEM` (address space, `vm.max_map_count`, overcommit), `EAGAIN`
@@ -174,7 +178,6 @@ impl Spare {
     /// Every [`Memory::Extent`] names a granule of a shared mapping.
     pub unsafe fn prepare(steps: &[Step<'_>]) -> Result<Self, Errno> {
         let mut staging = Staging::reserve(steps.len())?;
-        let mut huge = 0;
         for (i, step) in steps.iter().enumerate() {
             match step.to {
                 // SAFETY: the caller's.
@@ -182,24 +185,10 @@ impl Spare {
                 Memory::Dram if step.live.count() < HUGE_FROM_PAGES => {
                     staging.map_pages(i, step.live)?;
                 }
-                Memory::Dram => {
-                    staging.map_huge(i)?;
-                    huge |= 1 << i;
-                }
+                Memory::Dram => staging.map_huge(i)?,
             }
         }
-        Ok(Self { staging, huge })
-    }
-
-    /// Has the kernel clear the huge page of granule `i`, if it is one; says
-    /// so. Cleared right before it is filled, while it is in the cache, it
-    /// costs a third less than cleared with a whole run ahead.
-    pub(super) fn clear_now(&mut self, i: usize) -> bool {
-        let huge = self.huge & (1 << i) != 0;
-        if huge {
-            populate(self.staging.granule(i), GRANULE);
-        }
-        huge
+        Ok(Self { staging })
     }
 
     /// The memory of granule `i`, which was not given yet.
