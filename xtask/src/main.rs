@@ -1,2 +1,50 @@
-//! placeholder
-fn main() {}
+//! `cargo xtask`: every task of this repository, one file per task.
+
+#![forbid(unsafe_code)]
+
+mod bench;
+mod demo;
+mod packages;
+mod process;
+mod program;
+mod rung;
+mod stats;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "The tasks of this repository")]
+struct Options {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Run the rungs of the test ladder, all or those named
+    Test(test::Options),
+    /// Show the whole: a software device, a workload on it, capacity taken back
+    Demo,
+    /// Compare with jemalloc on our workload programs; options as of `compare --help`
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Options::parse().task {
+        Task::Test(options) => test::run(&options),
+        Task::Demo => demo::run().map(|()| true),
+        Task::Bench(options) => bench::run(&options),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Running other programs with a time limit, their output captured.
+
+use std::io::{ErrorKind, Read};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process_group};
+
+/// What came of a run.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) status: ExitStatus,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    /// Whether the limit ended it.
+    pub(crate) timed_out: bool,
+}
+
+impl Finished {
+    pub(crate) fn success(&self) -> bool {
+        self.status.success() && !self.timed_out
+    }
+
+    /// How it ended, in words.
+    pub(crate) fn ending(&self) -> String {
+        match (self.timed_out, self.status.code(), self.status.signal()) {
+            (true, ..) => "ran out of time".to_owned(),
+            (_, Some(code), _) => format!("exit code {code}"),
+            (_, _, Some(signal)) => format!("signal {signal}"),
+            _ => self.status.to_string(),
+        }
+    }
+}
+
+/// A program that runs in the background, in a process group of its own, and does not outlive this value.
+#[derive(Debug)]
+pub(crate) struct Background {
+    child: Child,
+    output: Option<(Reader, Reader)>,
+}
+
+type Reader = thread::JoinHandle<String>;
+
+impl Background {
+    /// Starts `command` with captured output and no input.
+    pub(crate) fn start(command: &mut Command) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .with_context(|| format!("can't start {}", command.get_program().display()))?;
+        let stdout = collect(child.stdout.take().context("no stdout")?);
+        let stderr = collect(child.stderr.take().context("no stderr")?);
+        Ok(Self {
+            child,
+            output: Some((stdout, stderr)),
+        })
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
+    /// Waits for its end, at most `limit`; then kills the whole group.
+    pub(crate) fn finish(mut self, limit: Duration) -> Result<Finished> {
+        let deadline = Instant::now() + limit;
+        let mut timed_out = false;
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            if Instant::now() >= deadline {
+                timed_out = true;
+                self.kill_group();
+                break self.child.wait()?;
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        // What the program left running would keep the pipes open.
+        self.kill_group();
+        let (stdout, stderr) = self.output.take().context("output taken twice")?;
+        Ok(Finished {
+            status,
+            stdout: stdout.join().unwrap_or_default(),
+            stderr: stderr.join().unwrap_or_default(),
+            timed_out,
+        })
+    }
+
+    fn kill_group(&self) {
+        if let Some(group) = Pid::from_raw(self.child.id().cast_signed()) {
+            // Nothing left to kill is the usual case.
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if self.output.is_some() {
+            self.kill_group();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Runs `command` to its end, at most `limit`.
+pub(crate) fn run(command: &mut Command, limit: Duration) -> Result<Finished> {
+    Background::start(command)?.finish(limit)
+}
+
+/// Runs `command` with its output on the terminal; whether it succeeded.
+pub(crate) fn run_visibly(command: &mut Command) -> Result<bool> {
+    let status = command
+        .status()
+        .with_context(|| format!("can't start {}", command.get_program().display()))?;
+    Ok(status.success())
+}
+
+fn collect(mut pipe: impl Read + Send + 'static) -> Reader {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let mut chunk = [0; 65536];
+        loop {
+            match pipe.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(n) => bytes.extend_from_slice(&chunk[..n]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hanging_program_is_ended_with_its_children() {
+        let start = Instant::now();
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo before; sleep 600 & sleep 600"]);
+        let finished = run(&mut command, Duration::from_millis(200)).unwrap();
+        assert!(finished.timed_out && !finished.success());
+        assert_eq!(finished.stdout, "before\n");
+        assert!(start.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn the_ending_says_how() {
+        let mut command = Command::new("sh");
+        let finished = run(command.args(["-c", "kill -9 $$"]), Duration::from_secs(60)).unwrap();
+        assert_eq!(finished.ending(), "signal 9");
+        let mut command = Command::new("sh");
+        let finished = run(command.args(["-c", "exit 3"]), Duration::from_secs(60)).unwrap();
+        assert_eq!(finished.ending(), "exit code 3");
+    }
+}

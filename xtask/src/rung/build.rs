@@ -1,0 +1,31 @@
+//! The release build of what the later rungs run.
+
+use anyhow::Result;
+
+use super::Tally;
+use crate::{process, workspace};
+
+pub(super) fn run() -> Result<Tally> {
+    let mut tally = Tally::default();
+    if release()? {
+        tally.pass();
+    } else {
+        tally.fail("build", "cargo build --release failed; see above");
+    }
+    Ok(tally)
+}
+
+/// Builds `dcm`, the preload library, the comparison and the example for release.
+pub(crate) fn release() -> Result<bool> {
+    let mut build = workspace::cargo();
+    build.args(["build", "--quiet", "--release"]);
+    for package in [
+        "dcm",
+        "dcmalloc-preload",
+        "dcmalloc-benches",
+        "dcmalloc-examples",
+    ] {
+        build.args(["--package", package]);
+    }
+    process::run_visibly(&mut build)
+}

@@ -1,0 +1,153 @@
+//! The C and C++ programs of `ffi/preload/tests/c`, each run under the library with everything in DRAM,
+//! with large memory on extents, and with everything on extents.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::Tally;
+use crate::packages;
+use crate::process::{self, Finished};
+use crate::stats::RunStats;
+use crate::workspace;
+
+const LIMIT: Duration = Duration::from_secs(150);
+const PLACEMENTS: [&str; 3] = ["dram", "size:64K", "dc"];
+
+/// Programs that a placement does not suit yet, and why.
+const NOT_IN: &[(&str, &str, &str)] = &[(
+    "fork_busy",
+    "dc",
+    "a forked child gets SIGSEGV from its parent's extents (docs/limits.md)",
+)];
+
+pub(super) fn run() -> Result<Tally> {
+    packages::ensure(&["gcc", "g++", "libc6-dev"])?;
+    let out = workspace::target().join("conformance");
+    let programs = build(&out)?;
+    let mut tally = Tally::default();
+    for placement in PLACEMENTS {
+        for program in &programs {
+            let name = program.file_name().unwrap_or_default().to_string_lossy();
+            let what = format!("{name} ({placement})");
+            if let Some((.., why)) = NOT_IN
+                .iter()
+                .find(|(n, p, _)| *n == name && *p == placement)
+            {
+                tally.skip(what, *why);
+                continue;
+            }
+            let finished = run_one(program, placement)?;
+            match judge(&finished, placement) {
+                Ok(None) => tally.pass(),
+                Ok(Some(reason)) => tally.skip(what, reason),
+                Err(error) => tally.fail(what, format!("{error:#}")),
+            }
+        }
+    }
+    Ok(tally)
+}
+
+/// Compiles every program; sources named `plugin_*` become libraries that a program loads.
+fn build(out: &Path) -> Result<Vec<PathBuf>> {
+    fs::create_dir_all(out)?;
+    let sources = workspace::root().join("ffi/preload/tests/c");
+    let mut programs = Vec::new();
+    for entry in fs::read_dir(&sources).with_context(|| format!("no {}", sources.display()))? {
+        let source = entry?.path();
+        let name = source
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let (compiler, standard) = match source.extension().and_then(|ext| ext.to_str()) {
+            Some("c") => ("cc", "-std=gnu17"),
+            Some("cpp") => ("c++", "-std=c++17"),
+            _ => continue,
+        };
+        let plugin = name.starts_with("plugin_");
+        let product = out.join(if plugin { format!("{name}.so") } else { name });
+        let mut compile = Command::new(compiler);
+        compile
+            .args([
+                standard,
+                "-O2",
+                "-g",
+                "-fno-builtin",
+                "-pthread",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+            ])
+            .args(if plugin {
+                &["-shared", "-fPIC"][..]
+            } else {
+                &[]
+            })
+            // By its bare name, which is what a failed check reports.
+            .current_dir(&sources)
+            .arg(source.file_name().unwrap_or_default())
+            .arg("-o")
+            .arg(&product)
+            .arg("-ldl");
+        ensure!(
+            process::run_visibly(&mut compile)?,
+            "{compiler} failed on {}",
+            source.display()
+        );
+        if !plugin {
+            programs.push(product);
+        }
+    }
+    programs.sort();
+    Ok(programs)
+}
+
+fn run_one(program: &Path, placement: &str) -> Result<Finished> {
+    let mut command = Command::new(workspace::dcm());
+    command
+        .args([
+            "run",
+            "--emulate",
+            "1G",
+            "--placement",
+            placement,
+            "--stats",
+            "json",
+            "--",
+        ])
+        .arg(program);
+    process::run(&mut command, LIMIT)
+}
+
+/// `None` when everything held, or the reason why the program could not judge.
+fn judge(finished: &Finished, placement: &str) -> Result<Option<String>> {
+    if !finished.success() && finished.status.code() != Some(77) {
+        let said: Vec<&str> = finished
+            .stderr
+            .lines()
+            .filter(|line| !line.starts_with('{'))
+            .take(6)
+            .collect();
+        bail!("{}: {}", finished.ending(), said.join(" | "));
+    }
+    let (own, stats) = RunStats::split_from(&finished.stderr)?;
+    if finished.status.code() == Some(77) {
+        return Ok(Some(own.trim().trim_start_matches("SKIPPED: ").to_owned()));
+    }
+    ensure!(own.is_empty(), "wrote to stderr: {own}");
+    // A pass would mean nothing if the memory was not where the placement says.
+    match placement {
+        "dc" => ensure!(stats.extent_held_peak > 0, "nothing was ever on extents"),
+        "dram" => ensure!(
+            stats.extent_held_peak == 0,
+            "{} bytes were on extents",
+            stats.extent_held_peak
+        ),
+        _ => {}
+    }
+    Ok(None)
+}

@@ -1,0 +1,125 @@
+//! The rungs of the test ladder, cheapest first. `docs/testing.md` has a paragraph on each.
+
+pub(crate) mod build;
+mod capacity;
+mod clippy;
+mod conformance;
+mod docs;
+mod format;
+mod programs;
+mod speed;
+mod symbols;
+mod unit;
+
+use anyhow::Result;
+
+/// One rung.
+#[derive(Debug)]
+pub(crate) struct Rung {
+    pub(crate) name: &'static str,
+    /// What it shows, in a few words.
+    pub(crate) shows: &'static str,
+    pub(crate) run: fn() -> Result<Tally>,
+}
+
+/// All of them, in order: each may use what the ones before it built.
+pub(crate) const ALL: &[Rung] = &[
+    Rung {
+        name: "format",
+        shows: "rustfmt has nothing to change",
+        run: format::run,
+    },
+    Rung {
+        name: "clippy",
+        shows: "no lint fires, in any target",
+        run: clippy::run,
+    },
+    Rung {
+        name: "unit",
+        shows: "unit, property and model tests of every crate",
+        run: unit::run,
+    },
+    Rung {
+        name: "docs",
+        shows: "the documentation builds without a warning",
+        run: docs::run,
+    },
+    Rung {
+        name: "build",
+        shows: "dcm and the libraries build for release",
+        run: build::run,
+    },
+    Rung {
+        name: "symbols",
+        shows: "the preload library exports its list of names, no more and no less",
+        run: symbols::run,
+    },
+    Rung {
+        name: "conformance",
+        shows: "what a malloc must do, by C programs in three placements",
+        run: conformance::run,
+    },
+    Rung {
+        name: "programs",
+        shows: "python, sqlite, redis and gcc on extents, same output as without us",
+        run: programs::run,
+    },
+    Rung {
+        name: "capacity",
+        shows: "freed capacity comes back while the program sleeps",
+        run: capacity::run,
+    },
+    Rung {
+        name: "speed",
+        shows: "a short comparison with jemalloc (the real one: cargo xtask bench)",
+        run: speed::run,
+    },
+];
+
+/// What a rung found.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tally {
+    pub(crate) passed: usize,
+    /// What failed, and why.
+    pub(crate) failed: Vec<(String, String)>,
+    /// What could not be judged, and why.
+    pub(crate) skipped: Vec<(String, String)>,
+}
+
+impl Tally {
+    pub(crate) fn pass(&mut self) {
+        self.passed += 1;
+    }
+
+    pub(crate) fn fail(&mut self, what: impl Into<String>, reason: impl Into<String>) {
+        self.failed.push((what.into(), reason.into()));
+    }
+
+    pub(crate) fn skip(&mut self, what: impl Into<String>, reason: impl Into<String>) {
+        self.skipped.push((what.into(), reason.into()));
+    }
+
+    /// Books `result` as one check called `what`.
+    pub(crate) fn check(&mut self, what: &str, result: Result<()>) {
+        match result {
+            Ok(()) => self.pass(),
+            Err(error) => self.fail(what, format!("{error:#}")),
+        }
+    }
+
+    pub(crate) fn add(&mut self, other: &Tally) {
+        self.passed += other.passed;
+        self.failed.extend(other.failed.iter().cloned());
+        self.skipped.extend(other.skipped.iter().cloned());
+    }
+
+    pub(crate) fn verdict(&self) -> &'static str {
+        if !self.failed.is_empty() {
+            "FAILED"
+        } else if self.passed > 0 {
+            "ok"
+        } else {
+            "SKIPPED"
+        }
+    }
+}
