@@ -257,12 +257,13 @@ impl Heap {
     fn wait_for_extents(&'static self, granules: usize, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         let waits = matches!(self.config().on_exhausted, OnExhausted::Wait(_));
-        self.service.want(granules);
         loop {
             let seen = self.service.granted().read();
             if self.space.idle_granules() >= granules {
                 return true;
             }
+            // Said each time round: another thread may have taken what came.
+            self.service.want(granules);
             if !self.service.is_running() {
                 self.space.set_exhausted(true);
             }

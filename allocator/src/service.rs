@@ -20,6 +20,9 @@ use crate::sync::{Lock, Signal};
 /// The clock of a busy heap, and of one in which nothing changes.
 const TICK: Duration = Duration::from_millis(50);
 const TICK_QUIET: Duration = Duration::from_millis(500);
+/// For so many ticks after a recall the reserve is not filled up again: what
+/// was just given back is not asked for in the same breath.
+const RESTRAINT: u32 = 20;
 /// Recalls that wait for the worker; a broker sends one at a time.
 const RECALLS: usize = 8;
 /// Room for the thread-locals of the program and its libraries, which share
@@ -164,11 +167,13 @@ impl Service {
         self.recalls.lock().iter_mut().find_map(Option::take)
     }
 
-    /// Asks for what waiting threads lack and for what the reserve lacks.
-    fn ask(&self, heap: &Heap, source: &dyn ExtentSource) {
+    /// Asks for what waiting threads lack and, if `reserve`, for what the
+    /// reserve lacks.
+    fn ask(&self, heap: &Heap, source: &dyn ExtentSource, reserve: bool) {
         let demand = self.demand.swap(0, Ordering::AcqRel);
         let short = demand.saturating_sub(heap.space().idle_granules());
-        let ask = short + if heap.space().is_exhausted() { 0 } else { heap.space().short_of() };
+        let reserve = reserve && !heap.space().is_exhausted();
+        let ask = short + if reserve { heap.space().short_of() } else { 0 };
         if ask == 0 {
             self.granted.raise();
         } else if self.asked.swap(true, Ordering::AcqRel) {
@@ -220,13 +225,15 @@ extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
         service.closed(heap);
     }
     service.adopted.raise();
-    let mut quiet = 0;
+    let (mut quiet, mut restraint) = (0, 0u32);
     let mut before = heap.space().usage();
     while service.is_running() {
         let seen = heap.wanted().read();
-        service.ask(heap, source);
+        service.ask(heap, source, restraint == 0);
+        restraint = restraint.saturating_sub(1);
         while let Some(recall) = service.take_recall() {
             service.answer(heap, source, &recall);
+            restraint = RESTRAINT;
         }
         heap.wanted().wait(seen, if quiet > 20 { TICK_QUIET } else { TICK });
         heap.space().tick();

@@ -63,8 +63,8 @@ fn first_touch(from: usize) -> f64 {
 
 fn move_all(mover: &mut Mover, heap: &Heap, memory: impl Fn(usize) -> (Memory, Memory)) -> f64 {
     timed(|| {
-        for i in (0..GRANULES).step_by(runlen()) {
-            move_run(mover, heap, i..i + runlen(), &LivePages::ALL, &memory);
+        for i in (0..GRANULES).step_by(RUN) {
+            move_run(mover, heap, i..i + RUN, &LivePages::ALL, &memory).unwrap();
         }
     })
 }
@@ -82,7 +82,7 @@ fn bandwidth() {
     }
     let (low, high) = (heap.alias, heap.alias + len);
     let [mut copy, mut fresh, mut to_extent, mut to_dram, mut back] = [const { Vec::new() }; 5];
-    on_mover(&[], |mover| {
+    on_mover(None, |mover| {
         let mut mover = mover.unwrap();
         for round in 0..=ROUNDS {
             let times = [
@@ -129,7 +129,4 @@ fn bandwidth() {
     );
     assert!(copy / to_extent >= 0.6, "extent to extent is too slow");
     assert!(fresh / to_dram >= 0.8, "extent to DRAM is too slow");
-}
-fn runlen() -> usize {
-    std::env::var("RL").map(|s| s.parse().unwrap()).unwrap_or(8)
 }

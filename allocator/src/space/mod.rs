@@ -313,6 +313,7 @@ impl Space {
                 }
             }
         }
+        state.lent_at = state.tick;
         state.usage.extent_held += taken;
         state.usage.idle += taken;
         state.usage.note_peaks();
@@ -366,7 +367,9 @@ impl Space {
             out.push(WindowRange { offset, len: GRANULE as u64 });
             taken += 1;
         }
-        taken += state.pool.drain(granules - taken, wanted, &mut out);
+        if state.tick.wrapping_sub(state.lent_at) >= min_age {
+            taken += state.pool.drain(granules - taken, wanted, &mut out);
+        }
         state.usage.extent_held -= (taken * GRANULE) as u64;
         state.usage.idle -= (taken * GRANULE) as u64;
         out

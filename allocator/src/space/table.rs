@@ -29,6 +29,8 @@ pub(super) struct State {
     pub(super) dram_every: u32,
     interleaved: u32,
     pub(super) tick: u32,
+    /// The tick at which granules were last lent: the age of the pool.
+    pub(super) lent_at: u32,
 }
 
 // SAFETY: the tables belong to one space, which reaches them under its lock.
@@ -49,6 +51,7 @@ impl State {
         dram_every: 0,
         interleaved: 0,
         tick: 0,
+        lent_at: 0,
     };
 
     /// Bytes of table for `granules`.

@@ -2,28 +2,29 @@
 //! rebind tests share.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
-use allocator::space::rebind::{GRANULE, LivePages, Memory, Monitor, Mover, RUN, StartError, Step};
-use rustix::fd::{AsRawFd, OwnedFd};
+use allocator::space::rebind::{
+    GRANULE, LivePages, Memory, Monitor, Moved, Mover, RebindError, StartError, Step,
+};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mremap_fixed};
 use std::ffi::c_void;
 use std::ops::Range;
 use std::process::Command;
 use std::ptr::null_mut;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
-pub const PAGE: usize = 4096;
+pub(crate) const PAGE: usize = 4096;
 
 /// `granules` granules of heap, all on extents at first, and a window of
 /// twice as many.
-pub struct Heap {
-    pub va: usize,
-    pub granules: usize,
-    pub window: OwnedFd,
-    pub alias: usize,
+pub(crate) struct Heap {
+    pub(crate) va: usize,
+    pub(crate) granules: usize,
+    pub(crate) alias: usize,
 }
 
 impl Heap {
-    pub fn new(granules: usize) -> Self {
+    pub(crate) fn new(granules: usize) -> Self {
         let window = rustix::fs::memfd_create("window", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let len = 2 * granules * GRANULE;
         rustix::fs::ftruncate(&window, len as u64).unwrap();
@@ -35,7 +36,6 @@ impl Heap {
         let heap = Self {
             va: reserve(granules * GRANULE),
             granules,
-            window,
             alias: alias.unwrap() as usize,
         };
         let (len, flags) = (granules * GRANULE, MremapFlags::MAYMOVE);
@@ -45,21 +45,21 @@ impl Heap {
         heap
     }
 
-    pub fn granule(&self, i: usize) -> usize {
+    pub(crate) fn granule(&self, i: usize) -> usize {
         self.va + i * GRANULE
     }
 
     /// The extent's granule `i`, of twice as many as the heap has.
-    pub fn extent(&self, i: usize) -> Memory {
+    pub(crate) fn extent(&self, i: usize) -> Memory {
         Memory::Extent(self.alias + i * GRANULE)
     }
 
-    pub fn range(&self) -> Range<usize> {
+    pub(crate) fn range(&self) -> Range<usize> {
         self.va..self.granule(self.granules)
     }
 
     /// The word at `offset` of granule `i`.
-    pub fn word(&self, i: usize, offset: usize) -> *mut u64 {
+    pub(crate) fn word(&self, i: usize, offset: usize) -> *mut u64 {
         (self.granule(i) + offset) as *mut u64
     }
 }
@@ -71,47 +71,43 @@ fn reserve(len: usize) -> usize {
     (at.unwrap() as usize).next_multiple_of(GRANULE)
 }
 
-/// Runs `work` on a thread as the mover needs it: its own descriptor table,
-/// with nothing in it but standard streams and `keep`, and all signals
-/// blocked.
-pub fn on_mover<T: Send>(
-    keep: &[&OwnedFd],
+/// Runs `work` on a thread as the mover needs it: all signals blocked, and a
+/// descriptor table of its own with just the standard streams and `device`, a
+/// descriptor of `/dev/userfaultfd`, in it.
+pub(crate) fn on_mover<T: Send>(
+    device: Option<&OwnedFd>,
     work: impl FnOnce(Result<Mover, StartError>) -> T + Send,
 ) -> T {
-    let keep: Vec<i32> = keep.iter().map(|fd| fd.as_raw_fd()).collect();
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
-            // SAFETY: plain system calls on this thread's own state.
+            let keep = device.map(AsRawFd::as_raw_fd);
+            // SAFETY: system calls on this thread's own state; what it closes
+            // stays open for the others.
             unsafe {
                 let mut all = std::mem::zeroed();
                 libc::sigfillset(&mut all);
                 libc::pthread_sigmask(libc::SIG_BLOCK, &all, null_mut());
                 assert_eq!(libc::unshare(libc::CLONE_FILES), 0);
-                (3..1024)
-                    .filter(|fd| !keep.contains(fd))
-                    .for_each(|fd| _ = libc::close(fd));
+                for fd in (3..1024).filter(|&fd| Some(fd) != keep) {
+                    libc::close(fd);
+                }
             }
             // A monitor lives as long as the process.
-            let monitor: &'static Monitor = Box::leak(Box::new(Monitor::new()));
-            let device = keep.first().map(|&fd| {
-                // SAFETY: the caller keeps it open.
-                unsafe { rustix::fd::BorrowedFd::borrow_raw(fd) }
-            });
-            work(Mover::start(monitor, device))
+            let monitor: &'static Monitor = Box::leak(Box::default());
+            work(Mover::start(monitor, device.map(AsFd::as_fd)))
         });
         thread.join().unwrap()
     })
 }
 
-/// Moves `n` neighbours from granule `i` on, all of them live, as `from` and
-/// `to` say.
-pub fn move_run(
+/// Moves the granules of `run`, of which `live` is live, as `memory` says.
+pub(crate) fn move_run(
     mover: &mut Mover,
     heap: &Heap,
     run: Range<usize>,
     live: &LivePages,
     memory: impl Fn(usize) -> (Memory, Memory),
-) -> allocator::space::rebind::Moved {
+) -> Result<Moved, RebindError> {
     let steps: Vec<Step<'_>> = run
         .clone()
         .map(|i| {
@@ -119,14 +115,47 @@ pub fn move_run(
             Step { from, to, live }
         })
         .collect();
-    assert!(steps.len() <= RUN);
     // SAFETY: the test's own granules, mapped as it says.
-    unsafe { mover.rebind(heap.granule(run.start), &steps) }.unwrap()
+    unsafe { mover.rebind(heap.granule(run.start), &steps) }
+}
+
+/// Increments a word of each page of the heap's first granule on another
+/// thread while `work` runs. Says how many increments there were, and panics
+/// when some are lost.
+pub(crate) fn under_a_writer(heap: &Heap, work: impl FnOnce()) -> u64 {
+    let stop = AtomicBool::new(false);
+    // SAFETY: words of the heap that only atomics access meanwhile.
+    let word = |page: usize| unsafe { AtomicU64::from_ptr(heap.word(0, page * PAGE)) };
+    let sum = || (0..512).map(|page| word(page).load(Relaxed)).sum::<u64>();
+    let before = sum();
+    let done = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut done = 0;
+            while !stop.load(Relaxed) {
+                word(done as usize * 7 % 512).fetch_add(1, Relaxed);
+                done += 1;
+            }
+            done
+        });
+        work();
+        stop.store(true, Relaxed);
+        writer.join().unwrap()
+    });
+    assert_eq!(sum() - before, done, "increments were lost");
+    done
+}
+
+/// Moves the first granule from extent to DRAM, back, and to another extent.
+pub(crate) fn go_round(mover: &mut Mover, heap: &Heap) {
+    let (here, there) = (heap.extent(0), heap.extent(heap.granules));
+    for (from, to) in [(here, Memory::Dram), (Memory::Dram, there), (there, here)] {
+        move_run(mover, heap, 0..1, &LivePages::ALL, |_| (from, to)).unwrap();
+    }
 }
 
 /// Runs the body of a test in a process of its own: what it does to the
 /// process (limits, locks, user, descriptors) stays there.
-pub fn in_own_process(test: &str, body: impl FnOnce()) {
+pub(crate) fn in_own_process(test: &str, body: impl FnOnce()) {
     const NAME: &str = "REBIND_TEST_CHILD";
     if std::env::var(NAME).as_deref() == Ok(test) {
         return body();
@@ -144,7 +173,7 @@ pub fn in_own_process(test: &str, body: impl FnOnce()) {
 }
 
 /// How many mappings the kernel keeps for the range.
-pub fn mappings_in(range: Range<usize>) -> usize {
+pub(crate) fn mappings_in(range: Range<usize>) -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let starts = maps.lines().filter_map(|line| {
         let (start, rest) = line.split_once('-')?;
@@ -158,16 +187,11 @@ pub fn mappings_in(range: Range<usize>) -> usize {
 }
 
 /// How many pages of the range are in memory (mincore(2)).
-pub fn pages_present(range: Range<usize>) -> usize {
+pub(crate) fn pages_present(range: Range<usize>) -> usize {
     let mut pages = vec![0u8; range.len() / PAGE];
     // SAFETY: a byte per page is written.
     let done =
         unsafe { libc::mincore(range.start as *mut c_void, range.len(), pages.as_mut_ptr()) };
     assert_eq!(done, 0);
     pages.iter().filter(|&&page| page & 1 == 1).count()
-}
-
-/// A channel to a thread that waits in the test until told.
-pub fn signal() -> (mpsc::Sender<()>, mpsc::Receiver<()>) {
-    mpsc::channel()
 }
