@@ -1,0 +1,290 @@
+//! Reports for people.
+#![forbid(unsafe_code)]
+
+use std::fmt::Write;
+
+use dax_backend::broker::admin::Added;
+use dax_backend::broker::receipt::{Origin, Receipt};
+use dax_backend::broker::status::{ProcessReport, RunReport, Status};
+
+use crate::size::Bytes;
+
+/// Width of an extent's bar.
+const BAR: u64 = 32;
+
+macro_rules! line {
+    ($out:ident, $($arg:tt)*) => {
+        // Writing to a string can't fail.
+        let _ = writeln!($out, $($arg)*);
+    };
+}
+
+/// A broker at one glance.
+pub(crate) fn status(status: &Status) -> String {
+    let mut out = String::new();
+    let (device, capacity) = (&status.device, &status.capacity);
+    line!(
+        out,
+        "broker    pid {}, up {}",
+        status.pid,
+        duration(status.uptime_ms * 1000)
+    );
+    line!(
+        out,
+        "device    {} at DPA {}, {} blocks, {} groups answered",
+        Bytes(device.span.len),
+        device.span.dpa,
+        Bytes(device.block_size),
+        device.counters.groups_answered
+    );
+    if let Some(error) = &device.last_error {
+        line!(out, "          last error: {error}");
+    }
+    line!(
+        out,
+        "capacity  {} accepted: {} leased, {} free ({} ready as huge pages)",
+        Bytes(capacity.accepted),
+        Bytes(capacity.leased),
+        Bytes(capacity.free),
+        Bytes(capacity.warm)
+    );
+    if capacity.stranded + capacity.outgoing > 0 {
+        line!(
+            out,
+            "          {} in no whole granule, {} on the way back",
+            Bytes(capacity.stranded),
+            Bytes(capacity.outgoing)
+        );
+    }
+    for extent in &status.extents {
+        let tag = extent.tag.map(|tag| format!("  tag {tag}"));
+        line!(
+            out,
+            "extent    {:>12} {:>7}  [{}] {} leased{}",
+            extent.span.dpa.to_string(),
+            Bytes(extent.span.len),
+            bar(extent.leased, extent.span.len),
+            Bytes(extent.leased),
+            tag.unwrap_or_default()
+        );
+    }
+    processes(&mut out, &status.clients);
+    for receipt in status.receipts.iter().rev().take(5) {
+        line!(
+            out,
+            "recall    #{} by {}: asked {}, returned {}, refused {}, in {}",
+            receipt.id,
+            origin(receipt.origin),
+            Bytes(receipt.asked),
+            Bytes(receipt.returned),
+            Bytes(receipt.refused_bytes()),
+            duration(receipt.duration_us)
+        );
+    }
+    out
+}
+
+/// What a run's memory used.
+pub(crate) fn run(report: &RunReport) -> String {
+    let mut out = String::new();
+    let total = &report.total;
+    line!(out, "dcm: memory of {} process(es)", report.processes_total);
+    line!(out, "             {:>9} {:>9}", "now", "peak");
+    for (what, now, peak) in [
+        (
+            "on extents",
+            total.extent_live_bytes,
+            total.extent_live_peak,
+        ),
+        (
+            "  granules",
+            total.extent_held_bytes,
+            total.extent_held_peak,
+        ),
+        ("in DRAM", total.dram_live_bytes, total.dram_live_peak),
+        (
+            "  granules",
+            total.dram_granule_bytes,
+            total.dram_granule_peak,
+        ),
+    ] {
+        line!(out, "  {what:<10} {:>9} {:>9}", Bytes(now), Bytes(peak));
+    }
+    match total.share_on_extents() {
+        Some(share) => {
+            line!(
+                out,
+                "  {:.1} % of the heap's {} at peak on extents",
+                share * 100.0,
+                Bytes(total.heap_live_peak)
+            );
+        }
+        None => {
+            line!(out, "  nothing was allocated");
+        }
+    }
+    line!(
+        out,
+        "  {} groups answered, {} leases, {} recalls ({} returned, {} refused), extents ran out {} times",
+        report.groups_answered,
+        total.leases,
+        total.recalls,
+        Bytes(total.recall_bytes_returned),
+        Bytes(total.recall_bytes_refused),
+        total.exhausted_count
+    );
+    processes(&mut out, &report.processes);
+    out
+}
+
+/// What came of a recall.
+pub(crate) fn receipt(receipt: &Receipt) -> String {
+    let mut out = String::new();
+    line!(
+        out,
+        "asked     {} (recall #{}, {})",
+        Bytes(receipt.asked),
+        receipt.id,
+        duration(receipt.duration_us)
+    );
+    line!(
+        out,
+        "returned  {}: {} free, {} idle or purged, {} moved",
+        Bytes(receipt.returned),
+        Bytes(receipt.returned_free),
+        Bytes(receipt.returned_purged),
+        Bytes(receipt.returned_rebound)
+    );
+    for span in &receipt.ranges {
+        line!(out, "          {}+{:#x}", span.dpa, span.len);
+    }
+    line!(out, "refused   {}", Bytes(receipt.refused_bytes()));
+    for refusal in &receipt.refused {
+        let place = refusal.dpa.map(|dpa| format!("{dpa}+"));
+        let pid = refusal.pid.map(|pid| format!(" (pid {pid})"));
+        let detail = refusal.detail.as_ref().map(|detail| format!(": {detail}"));
+        line!(
+            out,
+            "          {}{}: {}{}{}",
+            place.unwrap_or_default(),
+            Bytes(refusal.len),
+            refusal.reason,
+            pid.unwrap_or_default(),
+            detail.unwrap_or_default()
+        );
+    }
+    out
+}
+
+/// What came of an offer.
+pub(crate) fn added(added: &Added) -> String {
+    let mut out = String::new();
+    line!(
+        out,
+        "accepted  {} of {} in {}",
+        Bytes(added.accepted.iter().map(|span| span.len).sum()),
+        Bytes(added.offered.iter().map(|span| span.len).sum()),
+        duration(added.duration_us)
+    );
+    for span in &added.accepted {
+        line!(out, "          {}+{:#x}", span.dpa, span.len);
+    }
+    for rejected in &added.rejected {
+        line!(
+            out,
+            "rejected  {}+{:#x}: {}",
+            rejected.span.dpa,
+            rejected.span.len,
+            rejected.reason
+        );
+    }
+    out
+}
+
+fn processes(out: &mut String, processes: &[ProcessReport]) {
+    for process in processes {
+        let stats = &process.stats;
+        line!(
+            out,
+            "process   {:>7} {:<15} leased {} (at most {}), live on extents {} (at most {}), in DRAM {} (at most {})",
+            process.pid,
+            process.command,
+            Bytes(process.leased),
+            Bytes(process.leased_peak),
+            Bytes(stats.extent_live_bytes),
+            Bytes(stats.extent_live_peak),
+            Bytes(stats.dram_live_bytes),
+            Bytes(stats.dram_live_peak)
+        );
+    }
+}
+
+fn origin(origin: Origin) -> &'static str {
+    match origin {
+        Origin::Operator => "the operator",
+        Origin::Device => "the device",
+        Origin::Forced => "force",
+    }
+}
+
+fn bar(part: u64, whole: u64) -> String {
+    let filled = (u128::from(part) * u128::from(BAR)).div_ceil(u128::from(whole.max(1)));
+    let filled = (filled as u64).min(BAR) as usize;
+    "#".repeat(filled) + &".".repeat(BAR as usize - filled)
+}
+
+fn duration(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us} us"),
+        1_000..1_000_000 => format!("{:.1} ms", us as f64 / 1e3),
+        _ => format!("{:.1} s", us as f64 / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dax_backend::broker::RefusalReason;
+    use dax_backend::broker::receipt::{DpaSpan, HexDpa, Refusal};
+
+    #[test]
+    fn a_receipt_names_what_was_refused_and_why() {
+        let text = receipt(&Receipt {
+            id: 3,
+            origin: Origin::Operator,
+            asked: 6 << 20,
+            returned: 2 << 20,
+            returned_free: 2 << 20,
+            returned_purged: 0,
+            returned_rebound: 0,
+            ranges: vec![DpaSpan {
+                dpa: HexDpa(0x2000_0000),
+                len: 2 << 20,
+            }],
+            refused: vec![Refusal {
+                dpa: Some(HexDpa(0x2020_0000)),
+                len: 4 << 20,
+                reason: RefusalReason::Deadline,
+                pid: Some(42),
+                detail: None,
+            }],
+            duration_us: 1500,
+        });
+        for part in [
+            "asked     6M",
+            "1.5 ms",
+            "0x20000000+0x200000",
+            "0x20200000+4M: the client did not answer by the deadline (pid 42)",
+        ] {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn bars_show_the_least_use_and_never_overflow() {
+        assert_eq!(bar(0, 100), ".".repeat(32));
+        assert_eq!(bar(1, 1 << 30), "#".to_owned() + &".".repeat(31));
+        assert_eq!(bar(100, 100), "#".repeat(32));
+        assert_eq!(bar(0, 0), ".".repeat(32));
+    }
+}

@@ -1,0 +1,337 @@
+//! `dcm run`: a program with its heap on dynamic capacity.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use clap::{Args, ValueEnum};
+use dax_backend::broker::admin::{AdminClient, AdminReply, AdminRequest};
+use dax_backend::broker::client_page::{DEGRADED_DISCONNECTED, DEGRADED_NO_WINDOW};
+use dax_backend::broker::status::RunReport;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use uuid::Uuid;
+
+use crate::failure::Failure;
+use crate::serve::READY;
+use crate::signals::Signals;
+use crate::{conf, emulate, picture, size, sockets};
+
+/// Names the run for the program's processes.
+const RUN_VARIABLE: &str = "DCM_RUN";
+/// The library's file, and the variable that says where it is.
+const LIBRARY: &str = "libdcmalloc_preload.so";
+const LIBRARY_VARIABLE: &str = "DCM_PRELOAD";
+
+/// How statistics are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum StatsFormat {
+    /// For people.
+    Text,
+    /// One line of JSON.
+    Json,
+}
+
+/// Options of `dcm run`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Run on a software device of this size, made for this run
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    emulate: Option<u64>,
+    /// Capacity that the software device offers at once, in one group; all of it if not given
+    #[arg(long, value_name = "SIZE,…", value_parser = size::parse, value_delimiter = ',', requires = "emulate")]
+    offer: Vec<u64>,
+    /// Which allocations go to dynamic capacity: dram, dc, size[=BYTES], interleave=N
+    #[arg(long, value_name = "P")]
+    placement: Option<String>,
+    /// Further settings, key:value,…
+    #[arg(long, value_name = "KEY:VALUE,…")]
+    conf: Option<String>,
+    /// Say at exit what the program's memory used
+    #[arg(long, value_name = "FORMAT")]
+    stats: Option<StatsFormat>,
+    /// Write the statistics there instead of to stderr
+    #[arg(long, value_name = "PATH", requires = "stats")]
+    stats_file: Option<PathBuf>,
+    /// The broker's socket (with --emulate: where to make it)
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// The program and its arguments
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "PROGRAM"
+    )]
+    command: Vec<OsString>,
+}
+
+/// Runs the program; its exit code is the answer.
+pub(crate) fn run(options: &Options) -> Result<u8, Failure> {
+    let settings = conf::join(
+        env::var(conf::VARIABLE).ok().as_deref(),
+        options.conf.as_deref(),
+        options.placement.as_deref(),
+    )?;
+    if let Some(size) = options.emulate {
+        emulate::check(size, &options.offer)?;
+    }
+    let library = find_library()?;
+    let run = Uuid::new_v4();
+    let mut own_broker = None;
+    let socket = match options.emulate {
+        Some(_) => {
+            let broker = OwnBroker::start(options, run)?;
+            let socket = broker.socket.clone();
+            own_broker = Some(broker);
+            Some(socket)
+        }
+        None => match sockets::find(options.socket.as_deref()) {
+            Ok(socket) => Some(socket),
+            Err(reason) => {
+                complain(&format!("{reason}; running on DRAM"));
+                options.socket.clone()
+            }
+        },
+    };
+
+    // From here on the signals are the program's. The standard library starts
+    // it with none of them blocked.
+    let signals = Signals::block()?;
+    let mut command = Command::new(&options.command[0]);
+    command
+        .args(&options.command[1..])
+        .env("LD_PRELOAD", preloads(&library))
+        .env(RUN_VARIABLE, run.to_string())
+        .env(conf::VARIABLE, settings);
+    match &socket {
+        Some(socket) => command.env(sockets::VARIABLE, socket),
+        None => command.env_remove(sockets::VARIABLE),
+    };
+    let mut program = match command.spawn() {
+        Ok(program) => program,
+        Err(error) => {
+            complain(&format!(
+                "{}: {error}",
+                options.command[0].to_string_lossy()
+            ));
+            // As env(1) and every shell have it.
+            let missing = error.kind() == std::io::ErrorKind::NotFound;
+            return Ok(if missing { 127 } else { 126 });
+        }
+    };
+    let status = wait(&mut program, &signals)?;
+    if let Some(socket) = socket.filter(|_| own_broker.is_some() || options.emulate.is_none()) {
+        report(options, &socket, run);
+    }
+    if let Some(broker) = own_broker {
+        broker.finish();
+    }
+    Ok(exit_code(status))
+}
+
+/// Waits for the program's end and hands it the signals meant for it.
+fn wait(program: &mut Child, signals: &Signals) -> anyhow::Result<ExitStatus> {
+    let pid = Pid::from_child(program);
+    let ended = pidfd_open(pid, PidfdFlags::empty()).context("cannot watch the program")?;
+    loop {
+        let mut fds = [
+            PollFd::new(&ended, PollFlags::IN),
+            PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(anyhow!(errno).context("cannot wait for the program")),
+        }
+        if !fds[0].revents().is_empty() {
+            return program.wait().context("cannot wait for the program");
+        }
+        if fds[1].revents().contains(PollFlags::IN)
+            && let Some(received) = signals.wait()
+            && received.by_process
+            && let Some(signal) = Signal::from_named_raw(received.signal)
+        {
+            // It may have ended in this instant.
+            let _ = kill_process(pid, signal);
+        }
+    }
+}
+
+fn exit_code(status: ExitStatus) -> u8 {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => code as u8,
+        (None, Some(signal)) => 128u8.wrapping_add(signal as u8),
+        (None, None) => 1,
+    }
+}
+
+/// The broker that lives for this run, a process of its own: a daemon that the
+/// program leaves behind keeps it, and its death takes nothing along.
+struct OwnBroker {
+    process: Child,
+    socket: PathBuf,
+}
+
+impl OwnBroker {
+    fn start(options: &Options, run: Uuid) -> Result<Self, Failure> {
+        let socket = match &options.socket {
+            Some(socket) => socket.clone(),
+            None => sockets::directory()?.join(format!("run-{}.sock", std::process::id())),
+        };
+        let socket = std::path::absolute(&socket).context("no current directory")?;
+        let list = |sizes: &[u64]| {
+            let sizes: Vec<String> = sizes.iter().map(u64::to_string).collect();
+            sizes.join(",")
+        };
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("serve").arg("--run").arg(run.to_string());
+        command.arg("--socket").arg(&socket);
+        command.args(["--emulate", &list(options.emulate.as_slice())]);
+        if !options.offer.is_empty() {
+            command.args(["--offer", &list(&options.offer)]);
+        }
+        let mut process = command
+            .arg0("dcm")
+            // The terminal's signals are not for it.
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start the broker")?;
+        let mut line = String::new();
+        if let Some(stdout) = process.stdout.take() {
+            BufReader::new(stdout)
+                .read_line(&mut line)
+                .context("cannot hear the broker")?;
+        }
+        if line != READY {
+            // It has said why on stderr.
+            let _ = process.wait();
+            return Err(anyhow!("the broker did not start").into());
+        }
+        Ok(Self { process, socket })
+    }
+
+    /// Lets the broker end. It does at once unless the program left processes
+    /// behind that live on its memory.
+    fn finish(mut self) {
+        drop(self.process.stdin.take());
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_secs(1) {
+            match self.process.try_wait() {
+                Ok(None) => std::thread::sleep(Duration::from_millis(2)),
+                _ => return,
+            }
+            let left = AdminClient::connect(&self.socket).is_ok();
+            if left && started.elapsed() > Duration::from_millis(300) {
+                return;
+            }
+        }
+    }
+}
+
+fn find_library() -> Result<PathBuf, Failure> {
+    if let Some(path) = env::var_os(LIBRARY_VARIABLE).filter(|path| !path.is_empty()) {
+        let path = PathBuf::from(path);
+        return if path.is_file() {
+            Ok(std::path::absolute(&path).context("no current directory")?)
+        } else {
+            let path = path.display();
+            Err(Failure::Usage(format!(
+                "{LIBRARY_VARIABLE}: there is no file {path}"
+            )))
+        };
+    }
+    let program = env::current_exe().context("cannot tell where dcm is")?;
+    let beside = program.parent().unwrap_or(Path::new("/"));
+    let places = [beside.join(LIBRARY), beside.join("../lib").join(LIBRARY)];
+    places
+        .iter()
+        .find_map(|place| fs::canonicalize(place).ok())
+        .ok_or_else(|| {
+            let [first, second] = places.map(|place| place.display().to_string());
+            anyhow!("{LIBRARY} is neither {first} nor {second}: build or install it, or set {LIBRARY_VARIABLE}")
+                .into()
+        })
+}
+
+/// Our library before whatever was to be preloaded anyway.
+fn preloads(library: &Path) -> OsString {
+    let mut preloads = OsString::from(library);
+    if let Some(others) = env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
+        preloads.push(":");
+        preloads.push(others);
+    }
+    preloads
+}
+
+/// Says what has to be said at the end: statistics if asked, and once if the
+/// program did not run as it should have.
+fn report(options: &Options, socket: &Path, run: Uuid) {
+    let report = match ask_for_report(socket, run) {
+        Ok(report) => report,
+        Err(error) => {
+            // The orders of a system's broker are not for everybody.
+            if options.stats.is_some() {
+                complain(&format!("no statistics: {error:#}"));
+            }
+            return;
+        }
+    };
+    let degraded = report.total.degraded_flags;
+    if report.processes_total == 0 {
+        complain(
+            "the program never connected to the broker and ran on its own memory: \
+             is it linked statically, or set-user-ID?",
+        );
+    } else if degraded & (DEGRADED_DISCONNECTED | DEGRADED_NO_WINDOW) != 0 {
+        complain(
+            "the program lost the broker, or could not map its memory: part of it ran on DRAM",
+        );
+    }
+    let text = match options.stats {
+        None => return,
+        Some(StatsFormat::Json) => match serde_json::to_string(&report) {
+            Ok(json) => json + "\n",
+            Err(error) => return complain(&format!("no statistics: {error}")),
+        },
+        Some(StatsFormat::Text) => picture::run(&report),
+    };
+    match &options.stats_file {
+        None => {
+            let _ = std::io::stderr().lock().write_all(text.as_bytes());
+        }
+        Some(path) => {
+            if let Err(error) = fs::write(path, text) {
+                complain(&format!("cannot write {}: {error}", path.display()));
+            }
+        }
+    }
+}
+
+/// The broker's account of the run, once it has seen the program's end.
+fn ask_for_report(socket: &Path, run: Uuid) -> anyhow::Result<RunReport> {
+    let broker = AdminClient::connect(socket)?;
+    let started = Instant::now();
+    loop {
+        let reply = broker.ask(&AdminRequest::Run { run }, Duration::from_secs(5))?;
+        let AdminReply::Run(report) = reply else {
+            return Err(anyhow!("the broker answered something else"));
+        };
+        if report.processes_live == 0 || started.elapsed() > Duration::from_millis(200) {
+            return Ok(*report);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn complain(message: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "dcm: {message}");
+}

@@ -1,0 +1,117 @@
+//! `dcm serve`: a broker in the foreground, or behind one `dcm run`.
+
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
+use std::thread;
+
+use anyhow::Context;
+use clap::Args;
+use dax_backend::broker::{Admit, BrokerConfig, Listener, Stop};
+use uuid::Uuid;
+
+use crate::failure::Failure;
+use crate::signals::Signals;
+use crate::size::Bytes;
+use crate::{emulate, size, sockets};
+
+/// What the broker behind a `dcm run` says when programs can connect.
+pub(crate) const READY: &str = "ready\n";
+
+/// Options of `dcm serve`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Serve a software device of this size
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    emulate: Option<u64>,
+    /// Capacity that the software device offers at once, in one group; all of it if not given
+    #[arg(long, value_name = "SIZE,…", value_parser = size::parse, value_delimiter = ',', requires = "emulate")]
+    offer: Vec<u64>,
+    /// Where to listen
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Serve the programs of this run, until stdin ends and none is left
+    #[arg(long, hide = true, value_name = "UUID", requires = "socket")]
+    run: Option<Uuid>,
+}
+
+/// Serves until told to stop.
+pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
+    let Some(size) = options.emulate else {
+        return Err(Failure::Usage(
+            "dcm serve drives the software device only: say how large, --emulate 1G".into(),
+        ));
+    };
+    let offer = if options.offer.is_empty() {
+        emulate::whole(size)
+    } else {
+        options.offer.clone()
+    };
+    emulate::check(size, &offer)?;
+    if options.run.is_some() {
+        close_inherited();
+    }
+    // Before any thread starts, so that none of them takes a signal.
+    let signals = Signals::block()?;
+    let path = match &options.socket {
+        Some(path) => path.clone(),
+        None => sockets::directory()?.join("broker.sock"),
+    };
+    let admit = match options.run {
+        Some(run) => Admit::Run(run),
+        None if sockets::is_system() => Admit::Anyone,
+        None => Admit::Owner,
+    };
+    let config = BrokerConfig {
+        admit,
+        ..BrokerConfig::default()
+    };
+    let mut broker = emulate::broker(size, &offer, config)?;
+    let listener = Listener::bind(&path, sockets::is_system())?;
+    let stop = Stop::new().context("no descriptor left")?;
+    if options.run.is_some() {
+        announce(READY)?;
+        silence()?;
+        let stop = stop.clone();
+        thread::spawn(move || {
+            // Ends when `dcm run` does, however it does.
+            let _ = io::stdin().read_to_end(&mut Vec::new());
+            stop.when_idle();
+        });
+    } else {
+        let stop = stop.clone();
+        thread::spawn(move || {
+            signals.wait();
+            stop.now();
+        });
+        announce(&format!(
+            "serving {} of a software device of {} at {}\n",
+            Bytes(offer.iter().sum()),
+            Bytes(size),
+            path.display()
+        ))?;
+    }
+    broker.serve(&listener, &stop).context("polling failed")?;
+    Ok(())
+}
+
+fn announce(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// Lets go of what `dcm run` was started with: whoever waits for the end of a
+/// pipe waits for the program, not for its broker.
+fn close_inherited() {
+    // SAFETY: nothing of ours is open above stderr yet; the standard library
+    // opens nothing before main.
+    unsafe { libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0) };
+}
+
+/// From now on there is nobody to tell.
+fn silence() -> io::Result<()> {
+    let null = std::fs::OpenOptions::new().write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    Ok(())
+}
