@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+use tempfile::NamedTempFile;
 
 use crate::peak::DramSampler;
 use crate::programs::Workload;
@@ -56,7 +57,8 @@ impl fmt::Display for Contender {
 }
 
 impl Contender {
-    fn command(&self, program: &Path) -> Command {
+    /// `program` under this allocator; dcmalloc's statistics go to `stats`.
+    fn command(&self, program: &Path, stats: &Path) -> Command {
         match self {
             Contender::Dcmalloc {
                 dcm,
@@ -66,7 +68,9 @@ impl Contender {
                 let mut command = Command::new(dcm);
                 command
                     .args(["run", "--emulate", device_size, "--placement", placement])
-                    .args(["--stats", "json", "--"])
+                    .args(["--stats", "json", "--stats-file"])
+                    .arg(stats)
+                    .arg("--")
                     .arg(program);
                 command
             }
@@ -81,8 +85,9 @@ impl Contender {
 
     /// Runs `program` once.
     pub fn run(&self, workload: &Workload, program: &Path, args: &[&str]) -> Result<Sample> {
+        let stats = NamedTempFile::new()?;
         let mut child = self
-            .command(program)
+            .command(program, stats.path())
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -108,7 +113,7 @@ impl Contender {
             bail!("{} under {self}: {status}\n{stderr}", workload.name);
         }
         let extent_peak_bytes = match self {
-            Contender::Dcmalloc { .. } => extent_peak(&stderr)?,
+            Contender::Dcmalloc { .. } => extent_peak(&std::fs::read_to_string(stats.path())?)?,
             _ => 0,
         };
         Ok(Sample {
@@ -119,29 +124,13 @@ impl Contender {
     }
 }
 
-/// The most that the program held on extents, from the statistics that `dcm run` printed.
-fn extent_peak(stderr: &str) -> Result<u64> {
-    let json = stderr
-        .find('{')
-        .map(|at| &stderr[at..])
-        .context("dcm run printed no statistics")?;
-    let stats: Value = serde_json::Deserializer::from_str(json)
-        .into_iter()
-        .next()
-        .context("dcm run printed no statistics")??;
-    find_number(&stats, "extent_held_peak").context("the statistics have no extent_held_peak")
-}
-
-/// The first number called `key`, at any depth.
-fn find_number(value: &Value, key: &str) -> Option<u64> {
-    match value {
-        Value::Object(fields) => fields
-            .get(key)
-            .and_then(Value::as_u64)
-            .or_else(|| fields.values().find_map(|inner| find_number(inner, key))),
-        Value::Array(items) => items.iter().find_map(|inner| find_number(inner, key)),
-        _ => None,
-    }
+/// The most that the program held on extents, from the statistics of `dcm run`.
+fn extent_peak(stats: &str) -> Result<u64> {
+    let stats: Value = serde_json::from_str(stats).context("dcm run left no statistics")?;
+    stats
+        .pointer("/total/extent_held_peak")
+        .and_then(Value::as_u64)
+        .context("the statistics have no total/extent_held_peak")
 }
 
 #[cfg(test)]
@@ -149,17 +138,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn statistics_are_found_after_other_lines() {
-        let stderr = "a warning\n{\"clients\": [{\"extent_held_peak\": 4194304}]}\n";
-        assert_eq!(extent_peak(stderr).unwrap(), 4 << 20);
-        assert!(extent_peak("a warning\n").is_err());
-        assert!(extent_peak("{\"other\": 1}").is_err());
+    fn extents_count_by_what_is_held() {
+        assert_eq!(
+            extent_peak(r#"{"total": {"extent_held_peak": 4194304}}"#).unwrap(),
+            4 << 20
+        );
+        assert!(extent_peak("").is_err());
+        assert!(extent_peak(r#"{"total": {}}"#).is_err());
     }
 
     #[test]
     fn the_system_allocator_runs_a_program() {
-        let dir = std::env::temp_dir().join("dcmalloc-benches-test");
-        let program = crate::programs::build("pair", &dir).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let program = crate::programs::build("pair", dir.path()).unwrap();
         let pair = Workload::named("pair").unwrap();
         let sample = Contender::System.run(pair, &program, &["11"]).unwrap();
         assert!(sample.value > 0.0);

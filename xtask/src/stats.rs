@@ -1,5 +1,8 @@
 //! What `dcm run --stats json` says of the program's memory.
 
+use std::fs;
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use serde_json::Value;
 
@@ -17,29 +20,26 @@ pub(crate) struct RunStats {
 }
 
 impl RunStats {
-    /// Splits what a program under `dcm run --stats json` left on stderr into the program's own and the
-    /// statistics, which come last.
-    pub(crate) fn split_from(stderr: &str) -> Result<(String, Self)> {
-        let at = if stderr.starts_with('{') {
-            0
-        } else {
-            stderr.rfind("\n{").context("no statistics on stderr")? + 1
-        };
-        let (own, json) = stderr.split_at(at);
-        let report: Value = serde_json::from_str(json).context("statistics that are not JSON")?;
+    /// Reads what `dcm run` wrote.
+    pub(crate) fn read(file: &Path) -> Result<Self> {
+        let text = fs::read_to_string(file).context("dcm run left no statistics")?;
+        Self::parse(&text)
+    }
+
+    fn parse(text: &str) -> Result<Self> {
+        let report: Value = serde_json::from_str(text).context("statistics that are not JSON")?;
         let number = |pointer: &str| {
             report
                 .pointer(pointer)
                 .and_then(Value::as_u64)
                 .with_context(|| format!("the statistics have no {pointer}"))
         };
-        let stats = Self {
+        Ok(Self {
             processes: number("/processes_total")?,
             live_peak: number("/total/heap_live_peak")?,
             live_peak_on_extents: number("/total/heap_live_peak_on_extents")?,
             extent_held_peak: number("/total/extent_held_peak")?,
-        };
-        Ok((own.to_owned(), stats))
+        })
     }
 
     /// Share of the heap's peak that lay on extents, 0 to 1.
@@ -60,18 +60,15 @@ mod tests {
 "heap_live_peak_on_extents": 950, "extent_held_peak": 4096}}"#;
 
     #[test]
-    fn the_programs_own_lines_stay() {
-        let (own, stats) = RunStats::split_from(&format!("a line\n{{not it\n{JSON}\n")).unwrap();
-        assert_eq!(own, "a line\n{not it\n");
+    fn the_share_is_of_the_peak() {
+        let stats = RunStats::parse(JSON).unwrap();
         assert_eq!(stats.share_on_extents(), 0.95);
         assert_eq!(stats.processes, 2);
-        let (own, _) = RunStats::split_from(JSON).unwrap();
-        assert_eq!(own, "");
     }
 
     #[test]
     fn missing_statistics_are_an_error() {
-        assert!(RunStats::split_from("a line\n").is_err());
-        assert!(RunStats::split_from("{\"processes_total\": 1}").is_err());
+        assert!(RunStats::parse("").is_err());
+        assert!(RunStats::parse("{\"processes_total\": 1}").is_err());
     }
 }

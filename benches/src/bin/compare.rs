@@ -86,11 +86,8 @@ fn compare(options: &Options) -> Result<bool> {
         named.collect::<Result<_>>()?
     };
 
-    let programs_dir =
-        std::env::temp_dir().join(format!("dcmalloc-benches-{}", std::process::id()));
-    let result = measure(options, &workloads, &contenders, &programs_dir);
-    std::fs::remove_dir_all(&programs_dir).ok();
-    let comparisons = result?;
+    let programs_dir = tempfile::tempdir()?;
+    let comparisons = measure(options, &workloads, &contenders, programs_dir.path())?;
     report::print_table(&comparisons, options.slack);
     Ok(comparisons
         .iter()

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::{compare, on_extents};
+use super::{OnExtents, verbatim};
 use crate::process;
 
 const LIMIT: Duration = Duration::from_secs(180);
@@ -27,13 +27,14 @@ pub(super) fn judge() -> Result<()> {
             .args(["-O2", "-Wall", "-c", "generated.c", "-o", object]);
         gcc
     };
-    let with = process::run(&mut on_extents(&gcc("with.o")), LIMIT)?;
+    let mut ours = OnExtents::new(&gcc("with.o"))?;
+    let with = process::run(&mut ours.command, LIMIT)?;
     let without = process::run(&mut gcc("without.o"), LIMIT)?;
     ensure!(
         without.success() && !without.stderr.is_empty(),
         "gcc without us gave no warning to compare"
     );
-    compare(&with, &without, super::verbatim)?;
+    ours.judge(&with, &without, verbatim)?;
     ensure!(
         fs::read(dir.path().join("with.o"))? == fs::read(dir.path().join("without.o"))?,
         "the object files differ"

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
+use tempfile::NamedTempFile;
 
 use crate::process::{self, Finished};
 use crate::stats::RunStats;
@@ -39,62 +40,81 @@ pub(crate) const ALL: &[(&str, Judge)] = &[
 /// Least share of the heap, at its peak, that must lie on extents.
 const LEAST_SHARE: f64 = 0.90;
 
-/// `command` under `dcm run`, with its heap on the extents of a software device.
-fn on_extents(command: &Command) -> Command {
-    let mut wrapped = Command::new(workspace::dcm());
-    wrapped.args([
-        "run",
-        "--emulate",
-        "1G",
-        "--placement",
-        "dc",
-        "--stats",
-        "json",
-        "--",
-    ]);
-    wrapped.arg(command.get_program()).args(command.get_args());
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => wrapped.env(name, value),
-            None => wrapped.env_remove(name),
-        };
-    }
-    if let Some(dir) = command.get_current_dir() {
-        wrapped.current_dir(dir);
-    }
-    wrapped
+/// A program under `dcm run`, with its heap on the extents of a software device.
+struct OnExtents {
+    command: Command,
+    stats: NamedTempFile,
 }
 
-/// Runs `command` both ways and compares exit code, stdout and stderr after `normalise`.
+impl OnExtents {
+    fn new(program: &Command) -> Result<Self> {
+        let stats = NamedTempFile::new()?;
+        let mut command = Command::new(workspace::dcm());
+        command.args([
+            "run",
+            "--emulate",
+            "1G",
+            "--placement",
+            "dc",
+            "--stats",
+            "json",
+            "--stats-file",
+        ]);
+        command.arg(stats.path()).arg("--");
+        command.arg(program.get_program()).args(program.get_args());
+        for (name, value) in program.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        if let Some(dir) = program.get_current_dir() {
+            command.current_dir(dir);
+        }
+        Ok(Self { command, stats })
+    }
+
+    /// Judges a finished run by one without us: the same ending, stdout and stderr after `normalise`,
+    /// and a heap that was where it should be.
+    fn judge(
+        &self,
+        with: &Finished,
+        without: &Finished,
+        normalise: fn(&str) -> String,
+    ) -> Result<()> {
+        if with.ending() != without.ending() {
+            bail!(
+                "{} instead of {}: {}",
+                with.ending(),
+                without.ending(),
+                explain(with)
+            );
+        }
+        same(
+            "stdout",
+            &normalise(&with.stdout),
+            &normalise(&without.stdout),
+        )?;
+        same(
+            "stderr",
+            &normalise(&with.stderr),
+            &normalise(&without.stderr),
+        )?;
+        mostly_on_extents(&RunStats::read(self.stats.path())?)
+    }
+}
+
+/// Runs `program` both ways and compares.
 fn same_either_way(
-    command: &mut Command,
+    program: &mut Command,
     limit: Duration,
     normalise: fn(&str) -> String,
 ) -> Result<()> {
-    let with = process::run(&mut on_extents(command), limit)?;
-    let without = process::run(command, limit)?;
+    let mut ours = OnExtents::new(program)?;
+    let with = process::run(&mut ours.command, limit)?;
+    let without = process::run(program, limit)?;
     ensure!(without.success(), "fails without us: {}", explain(&without));
-    compare(&with, &without, normalise)
-}
-
-/// Judges a run on extents by a run without us.
-fn compare(with: &Finished, without: &Finished, normalise: fn(&str) -> String) -> Result<()> {
-    if with.ending() != without.ending() {
-        bail!(
-            "{} instead of {}: {}",
-            with.ending(),
-            without.ending(),
-            explain(with)
-        );
-    }
-    let (stderr, stats) = RunStats::split_from(&with.stderr)?;
-    same(
-        "stdout",
-        &normalise(&with.stdout),
-        &normalise(&without.stdout),
-    )?;
-    same("stderr", &normalise(&stderr), &normalise(&without.stderr))?;
-    mostly_on_extents(&stats)
+    ours.judge(&with, &without, normalise)
 }
 
 /// A program that barely used the heap would prove nothing, nor would one whose heap was elsewhere.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use super::{compare, on_extents, same, without_digits};
+use super::{OnExtents, same, without_digits};
 use crate::process::{self, Background, Finished};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -34,10 +34,11 @@ pub(super) fn judge() -> Result<()> {
         ]);
         server
     };
-    let (with, digest_with) = session(&mut on_extents(&server()), dir.path())?;
+    let mut ours = OnExtents::new(&server())?;
+    let (with, digest_with) = session(&mut ours.command, dir.path())?;
     let (without, digest_without) = session(&mut server(), dir.path())?;
     same("DEBUG DIGEST", &digest_with, &digest_without)?;
-    compare(&with, &without, normalise)
+    ours.judge(&with, &without, normalise)
 }
 
 /// Starts the server, fills database 0 with what we know, runs the benchmark on database 1, and asks for

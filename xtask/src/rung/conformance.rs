@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use tempfile::NamedTempFile;
 
 use super::Tally;
 use crate::packages;
-use crate::process::{self, Finished};
+use crate::process;
 use crate::stats::RunStats;
 use crate::workspace;
 
@@ -40,8 +41,7 @@ pub(super) fn run() -> Result<Tally> {
                 tally.skip(what, *why);
                 continue;
             }
-            let finished = run_one(program, placement)?;
-            match judge(&finished, placement) {
+            match judge(program, placement) {
                 Ok(None) => tally.pass(),
                 Ok(Some(reason)) => tally.skip(what, reason),
                 Err(error) => tally.fail(what, format!("{error:#}")),
@@ -106,47 +106,34 @@ fn build(out: &Path) -> Result<Vec<PathBuf>> {
     Ok(programs)
 }
 
-fn run_one(program: &Path, placement: &str) -> Result<Finished> {
+/// Runs `program` under the library; `None` when everything held, or why the program could not judge.
+fn judge(program: &Path, placement: &str) -> Result<Option<String>> {
+    let stats = NamedTempFile::new()?;
     let mut command = Command::new(workspace::dcm());
     command
-        .args([
-            "run",
-            "--emulate",
-            "1G",
-            "--placement",
-            placement,
-            "--stats",
-            "json",
-            "--",
-        ])
+        .args(["run", "--emulate", "1G", "--placement", placement])
+        .args(["--stats", "json", "--stats-file"])
+        .arg(stats.path())
+        .arg("--")
         .arg(program);
-    process::run(&mut command, LIMIT)
-}
-
-/// `None` when everything held, or the reason why the program could not judge.
-fn judge(finished: &Finished, placement: &str) -> Result<Option<String>> {
-    if !finished.success() && finished.status.code() != Some(77) {
-        let said: Vec<&str> = finished
-            .stderr
-            .lines()
-            .filter(|line| !line.starts_with('{'))
-            .take(6)
-            .collect();
-        bail!("{}: {}", finished.ending(), said.join(" | "));
-    }
-    let (own, stats) = RunStats::split_from(&finished.stderr)?;
+    let finished = process::run(&mut command, LIMIT)?;
+    let said: Vec<&str> = finished.stderr.lines().take(6).collect();
     if finished.status.code() == Some(77) {
-        return Ok(Some(own.trim().trim_start_matches("SKIPPED: ").to_owned()));
+        return Ok(Some(
+            said.join(" | ").trim_start_matches("SKIPPED: ").to_owned(),
+        ));
     }
-    ensure!(own.is_empty(), "wrote to stderr: {own}");
+    ensure!(
+        finished.success() && said.is_empty(),
+        "{}: {}",
+        finished.ending(),
+        said.join(" | ")
+    );
     // A pass would mean nothing if the memory was not where the placement says.
+    let held = RunStats::read(stats.path())?.extent_held_peak;
     match placement {
-        "dc" => ensure!(stats.extent_held_peak > 0, "nothing was ever on extents"),
-        "dram" => ensure!(
-            stats.extent_held_peak == 0,
-            "{} bytes were on extents",
-            stats.extent_held_peak
-        ),
+        "dc" => ensure!(held > 0, "nothing was ever on extents"),
+        "dram" => ensure!(held == 0, "{held} bytes were on extents"),
         _ => {}
     }
     Ok(None)
