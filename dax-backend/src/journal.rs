@@ -97,6 +97,8 @@ pub enum Work {
     ForcedRelease(Extent),
     /// Read the regions again.
     RegionUpdated(u8),
+    /// Expect so many groups at most, offered here in the order, that no record tells of.
+    GroupsUnseen(u32),
     /// Tell that records were lost.
     Overflow {
         /// How many.

@@ -13,7 +13,7 @@ mod return_code;
 pub mod timestamp;
 
 use thiserror::Error;
-use zerocopy::{FromBytes, Immutable, KnownLayout};
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 pub use return_code::ReturnCode;
 
@@ -49,13 +49,10 @@ pub struct MalformedResponse {
 }
 
 /// The fixed part of type `T` at the start of `payload`, and what follows it.
-fn split<'a, T: FromBytes + KnownLayout + Immutable>(
+fn split<'a, T: FromBytes + KnownLayout + Immutable + Unaligned>(
     payload: &'a [u8],
     what: &'static str,
-) -> Result<(&'a T, &'a [u8]), MalformedResponse>
-where
-    T: zerocopy::Unaligned,
-{
+) -> Result<(&'a T, &'a [u8]), MalformedResponse> {
     T::ref_from_prefix(payload).map_err(|_| MalformedResponse {
         what,
         needed: size_of::<T>(),
@@ -65,7 +62,7 @@ where
 
 /// `count` elements of type `T` at the start of `payload`, which itself starts `before` bytes
 /// into the response.
-fn elements<'a, T: FromBytes + KnownLayout + Immutable + zerocopy::Unaligned>(
+fn elements<'a, T: FromBytes + KnownLayout + Immutable + Unaligned>(
     payload: &'a [u8],
     count: usize,
     before: usize,

@@ -40,7 +40,10 @@ impl<M: Mmio> DcDevice<M> {
         loop {
             let code = match self.send()? {
                 Sent::Taken => {
-                    self.unseen_groups = 0;
+                    if !self.answering().accepted.is_empty() {
+                        // Its group was the oldest one, so there is none before it.
+                        self.unseen_groups = 0;
+                    }
                     return self.conclude();
                 }
                 Sent::Refused(code) => code,
@@ -48,7 +51,8 @@ impl<M: Mmio> DcDevice<M> {
             match code {
                 ReturnCode::ResourcesExhausted => self.accept_fewer()?,
                 _ if self.answering().accepted.is_empty() => {
-                    // Nothing was pending to be rejected.
+                    // Nothing is pending that could be rejected.
+                    self.unseen_groups = 0;
                     return self.conclude();
                 }
                 _ if self.unseen_groups > 0 => self.reject_unseen_group()?,
@@ -213,11 +217,10 @@ impl<M: Mmio> DcDevice<M> {
     /// group being answered is pending for certain, so the oldest one can be rejected safely:
     /// it is either one of those, or the one whose answer the device does not take.
     fn reject_unseen_group(&mut self) -> Result<(), DeviceError> {
-        self.unseen_groups -= 1;
-        self.save()?;
         self.send_one(&[], false)?;
         self.answer_sent = false;
-        Ok(())
+        self.unseen_groups -= 1;
+        self.save()
     }
 
     /// The device has confirmed: from here on nothing may fail.

@@ -20,22 +20,19 @@ use crate::staging::{Closed, StagingAction, StagingEvent};
 
 /// Reads of the log in one go, after which the device must be writing as fast as we read.
 const MAX_READS: u32 = 1 << 16;
+/// Drains in one poll. What comes during one sets Event Status again; a bit that is stuck must not
+/// keep the caller here.
+const MAX_DRAINS: u32 = 4;
 /// Reads that may bring nothing but records that were cleared already.
 const MAX_STALE_READS: u32 = 2;
 
 impl<M: Mmio> DcDevice<M> {
-    /// Looks after time-outs, and reads the log if the device says there is something in it, or
-    /// if nobody has looked for a while: interrupts and status bits are edges that can be missed.
+    /// Reads the log if the device says there is something in it, or if nobody has looked for a
+    /// while: interrupts and status bits are edges that can be missed. Then looks after time-outs,
+    /// so that a group whose end was in the log all the time is not given up.
     pub(super) fn read_events(&mut self, now: Instant) -> Result<(), DeviceError> {
-        let action = self.staging.step(now, StagingEvent::Tick);
-        self.act(action);
-        if self.unsaved {
-            self.save()?;
-        }
-        self.work_off()?;
         let mut due = now >= self.next_drain;
-        // Drained to the last record, the status bit is clear; what came meanwhile sets it again.
-        for _ in 0..MAX_READS {
+        for _ in 0..MAX_DRAINS {
             let raw = self
                 .mailbox
                 .mmio()
@@ -46,7 +43,12 @@ impl<M: Mmio> DcDevice<M> {
             due = false;
             self.drain(now, false)?;
         }
-        Ok(())
+        let action = self.staging.step(now, StagingEvent::Tick);
+        self.act(action);
+        if self.unsaved {
+            self.save()?;
+        }
+        self.work_off()
     }
 
     /// Reads the log until it is empty. `opening` says that the records may be older than the
@@ -72,7 +74,6 @@ impl<M: Mmio> DcDevice<M> {
             self.last_read = ids;
             self.save()?;
             self.clear(&read.records)?;
-            self.overflow_seen = false;
             if opening {
                 self.drop_answered_groups();
             }
@@ -83,6 +84,10 @@ impl<M: Mmio> DcDevice<M> {
 
     /// Stages what one read brought, except what an earlier read has brought already.
     fn stage(&mut self, now: Instant, read: &EventRecords) {
+        let seen_before = |record: &RawRecord| self.last_read.contains(&RecordId::from(record));
+        if !read.records.first().is_some_and(seen_before) {
+            self.overflow_seen = false;
+        }
         if let Some(lost) = read.overflow
             && !self.overflow_seen
         {
@@ -90,14 +95,19 @@ impl<M: Mmio> DcDevice<M> {
             self.counters.overflows += 1;
             // A log that has run over is full, and nothing was cleared since: so many records
             // from here on are older than those that were lost.
-            let after = if self.log_depth == 0 {
-                u32::MAX
-            } else {
-                self.log_depth
+            let staged = read
+                .records
+                .iter()
+                .filter(|record| seen_before(record))
+                .count();
+            let after = match self.log_depth {
+                0 => u32::MAX,
+                depth => depth.saturating_sub(staged as u32),
             };
             let lost = u32::from(lost.max(1));
             self.cuts.push_back(Cut { after, lost });
         }
+        self.cut_where_due(now);
         for record in &read.records {
             if self.last_read.contains(&RecordId::from(record)) {
                 continue;
@@ -107,14 +117,18 @@ impl<M: Mmio> DcDevice<M> {
             for cut in &mut self.cuts {
                 cut.after = cut.after.saturating_sub(1);
             }
-            while let Some(cut) = self.cuts.pop_front_if(|cut| cut.after == 0) {
-                self.records_lost(now, cut);
-            }
+            self.cut_where_due(now);
         }
         if read.records.is_empty() {
             while let Some(cut) = self.cuts.pop_front() {
                 self.records_lost(now, cut);
             }
+        }
+    }
+
+    fn cut_where_due(&mut self, now: Instant) {
+        while let Some(cut) = self.cuts.pop_front_if(|cut| cut.after == 0) {
+            self.records_lost(now, cut);
         }
     }
 
@@ -137,13 +151,13 @@ impl<M: Mmio> DcDevice<M> {
 
     /// Records are missing here: the open group ends, and whole groups may be among the lost.
     fn records_lost(&mut self, now: Instant, cut: Cut) {
-        self.work.push_back(Work::Overflow { lost: cut.lost });
         let open = !self.staging.open_extents().is_empty();
-        // At least one of the lost records belongs to the open group: its end.
-        let groups = cut.lost - u32::from(open);
-        self.unseen_groups = self.unseen_groups.saturating_add(groups);
         let action = self.staging.step(now, StagingEvent::RecordsLost);
         self.act(action);
+        self.work.push_back(Work::Overflow { lost: cut.lost });
+        // At least one of the lost records belongs to the open group: its end.
+        self.work
+            .push_back(Work::GroupsUnseen(cut.lost - u32::from(open)));
     }
 
     fn act(&mut self, action: StagingAction) {
@@ -162,7 +176,9 @@ impl<M: Mmio> DcDevice<M> {
                 self.counters.records_discarded += 1;
                 self.unsaved = true;
                 // The device may take the late end of a chain for a group of its own.
-                self.unseen_groups = self.unseen_groups.saturating_add(last.into());
+                if last {
+                    self.work.push_back(Work::GroupsUnseen(1));
+                }
             }
         }
     }

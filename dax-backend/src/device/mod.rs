@@ -170,6 +170,9 @@ impl<M: Mmio> DcDevice<M> {
                     self.read_regions()?;
                     self.events.push(DeviceEvent::RegionsUpdated { region });
                 }
+                &Work::GroupsUnseen(groups) => {
+                    self.unseen_groups = self.unseen_groups.saturating_add(groups);
+                }
                 &Work::Overflow { lost } => self.events.push(DeviceEvent::Overflow { lost }),
             }
             self.work.pop_front();

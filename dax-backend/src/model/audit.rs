@@ -32,6 +32,8 @@ pub struct Audit {
     pub spurious_answers: u64,
     /// Answers that named extents of a group that was not the oldest, or in another order.
     pub answers_out_of_order: u64,
+    /// Ranges listed by each 4803h, in order.
+    pub releases: Vec<usize>,
     /// Releases that named offered capacity that was not accepted.
     pub releases_of_pending: u64,
     /// Broken register protocol, in words.

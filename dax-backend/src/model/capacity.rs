@@ -233,6 +233,7 @@ impl Capacity {
         ranges: &[DpaRange],
         audit: &mut Audit,
     ) -> Result<(), ReturnCode> {
+        audit.releases.push(ranges.len());
         if ranges.is_empty() {
             return Err(ReturnCode::InvalidInput);
         }

@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::VecDeque;
+use std::sync::MutexGuard;
 use std::time::Instant;
 
 use thiserror::Error;
@@ -167,6 +169,22 @@ impl Fabric {
         Ok(extents)
     }
 
+    /// As [`add`](Self::add), but the records of the group come when the test says so.
+    ///
+    /// # Errors
+    /// [`FabricError`]: nothing is offered.
+    pub fn add_slowly(&self, request: &AddRequest) -> Result<SlowOffer, FabricError> {
+        let mut state = self.settled();
+        let extents = state.select(request)?;
+        state.capacity.offer(extents.clone(), false);
+        state.audit.groups_offered += 1;
+        Ok(SlowOffer {
+            device: self.device.clone(),
+            records: records(ADD, &extents).collect(),
+            extents,
+        })
+    }
+
     /// Offers extents as they are, well-formed or not, as a broken device might.
     pub fn add_unchecked(&self, extents: &[Extent]) {
         self.settled().offer(extents, false);
@@ -239,10 +257,38 @@ impl Fabric {
         self.settled().decoders.commit(index, base, size, skip);
     }
 
-    fn settled(&self) -> std::sync::MutexGuard<'_, State> {
+    /// Where a region starts; `None` if there is no such region.
+    pub fn region_base(&self, region: u8) -> Option<Dpa> {
+        let region = self.device.lock().region(region).ok()?;
+        Some(region.base)
+    }
+
+    fn settled(&self) -> MutexGuard<'_, State> {
         let mut state = self.device.lock();
         state.settle(Instant::now());
         state
+    }
+}
+
+/// A group whose records come one by one.
+pub struct SlowOffer {
+    device: SoftwareDevice,
+    records: VecDeque<RawRecord>,
+    extents: Vec<Extent>,
+}
+
+impl SlowOffer {
+    /// What is offered in all.
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// Writes the next `count` records into the event log.
+    pub fn write(&mut self, count: usize) {
+        let mut state = self.device.lock();
+        for record in self.records.drain(..count.min(self.records.len())) {
+            state.log(record);
+        }
     }
 }
 
@@ -285,54 +331,13 @@ impl From<FabricError> for OrchestratorError {
 }
 
 impl State {
-    fn region(&self, index: u8) -> Result<DcRegion, FabricError> {
+    pub(super) fn region(&self, index: u8) -> Result<DcRegion, FabricError> {
         let regions = self.capacity.regions();
         let region = regions.get(usize::from(index)).copied();
         region.ok_or(FabricError::NoSuchRegion {
             region: index,
             regions: regions.len(),
         })
-    }
-
-    /// The extents that a request comes to, none of them taken yet.
-    fn select(&self, request: &AddRequest) -> Result<Vec<Extent>, FabricError> {
-        let region = self.region(request.region)?;
-        let sharable = self.capacity.is_sharable(&region);
-        if sharable && request.tag.is_null() {
-            return Err(FabricError::TagNeeded {
-                region: region.index,
-            });
-        }
-        let mut free = self.free(&region);
-        let ranges = match &request.policy {
-            AddPolicy::Free(lens) => take_any(&mut free, lens, &region)?,
-            AddPolicy::Contiguous(lens) => take_contiguous(&mut free, lens, &region)?,
-            AddPolicy::Prescriptive(ranges) => take_these(&mut free, ranges, &region)?,
-            AddPolicy::EnableSharedAccess => Vec::new(),
-        };
-        if ranges.is_empty() {
-            return Err(FabricError::Empty);
-        }
-        let number = |place: usize| if sharable { place as u16 } else { 0 };
-        let extents = ranges.into_iter().enumerate().map(|(place, range)| Extent {
-            range,
-            tag: request.tag,
-            shared_seq: number(place),
-        });
-        Ok(extents.collect())
-    }
-
-    /// What nobody has of a region, in rising order.
-    fn free(&self, region: &DcRegion) -> Vec<DpaRange> {
-        let mut free = vec![region.range()];
-        for taken in self.capacity.taken() {
-            free = free
-                .iter()
-                .flat_map(|hole| hole.subtract(&taken.range))
-                .flatten()
-                .collect();
-        }
-        free
     }
 
     /// One More group: an entry in the queue of offers, and a record for each extent.
@@ -342,18 +347,9 @@ impl State {
         self.log_extents(ADD, extents);
     }
 
-    /// A record for each extent, with More on all but the last.
     fn log_extents(&mut self, kind: u8, extents: &[Extent]) {
-        for (index, extent) in extents.iter().enumerate() {
-            let more = index + 1 < extents.len();
-            self.log(RawRecord {
-                flags: if more { RECORD_MORE } else { 0 },
-                start: extent.range.start.0.into(),
-                extent_len: extent.range.len.into(),
-                tag: extent.tag.0,
-                shared_seq: extent.shared_seq.into(),
-                ..record(kind)
-            });
+        for record in records(kind, extents) {
+            self.log(record);
         }
     }
 
@@ -361,6 +357,21 @@ impl State {
         let timestamp = self.timestamp();
         self.logs[DYNAMIC_CAPACITY].push(record, timestamp);
     }
+}
+
+/// A record for each extent, with More on all but the last.
+fn records(kind: u8, extents: &[Extent]) -> impl Iterator<Item = RawRecord> {
+    extents.iter().enumerate().map(move |(index, extent)| {
+        let more = index + 1 < extents.len();
+        RawRecord {
+            flags: if more { RECORD_MORE } else { 0 },
+            start: extent.range.start.0.into(),
+            extent_len: extent.range.len.into(),
+            tag: extent.tag.0,
+            shared_seq: extent.shared_seq.into(),
+            ..record(kind)
+        }
+    })
 }
 
 fn record(kind: u8) -> RawRecord {
@@ -383,110 +394,4 @@ fn pieces_of(accepted: &[Extent], range: DpaRange) -> Result<Vec<Extent>, Fabric
         return Err(FabricError::NotAccepted { range });
     }
     Ok(pieces)
-}
-
-fn check_len(len: u64, region: &DcRegion) -> Result<(), FabricError> {
-    let block_size = region.block_size;
-    match len {
-        0 => Err(FabricError::Empty),
-        _ if !len.is_multiple_of(block_size) => Err(FabricError::Misaligned { len, block_size }),
-        _ => Ok(()),
-    }
-}
-
-/// Takes `len` bytes off the start of the hole at `index`.
-fn take_from(free: &mut Vec<DpaRange>, index: usize, len: u64) -> DpaRange {
-    let hole = free[index];
-    let taken = DpaRange {
-        start: hole.start,
-        len: len.min(hole.len),
-    };
-    match hole.subtract(&taken)[1] {
-        Some(rest) => free[index] = rest,
-        None => drop(free.remove(index)),
-    }
-    taken
-}
-
-fn take_contiguous(
-    free: &mut Vec<DpaRange>,
-    lens: &[u64],
-    region: &DcRegion,
-) -> Result<Vec<DpaRange>, FabricError> {
-    let take = |len: &u64| {
-        check_len(*len, region)?;
-        let Some(index) = free.iter().position(|hole| hole.len >= *len) else {
-            let available = free.iter().map(|hole| hole.len).max().unwrap_or(0);
-            return Err(FabricError::NoCapacity {
-                wanted: *len,
-                available,
-            });
-        };
-        Ok(take_from(free, index, *len))
-    };
-    lens.iter().map(take).collect()
-}
-
-fn take_any(
-    free: &mut Vec<DpaRange>,
-    lens: &[u64],
-    region: &DcRegion,
-) -> Result<Vec<DpaRange>, FabricError> {
-    let available = free.iter().map(|hole| hole.len).sum();
-    let wanted = lens
-        .iter()
-        .fold(0, |sum: u64, len| sum.saturating_add(*len));
-    let mut taken = Vec::new();
-    for len in lens {
-        check_len(*len, region)?;
-        let mut rest = *len;
-        while rest > 0 {
-            let whole = free.iter().position(|hole| hole.len >= rest);
-            if free.is_empty() {
-                return Err(FabricError::NoCapacity { wanted, available });
-            }
-            let range = take_from(free, whole.unwrap_or(0), rest);
-            rest -= range.len;
-            taken.push(range);
-        }
-    }
-    Ok(taken)
-}
-
-fn take_these(
-    free: &mut Vec<DpaRange>,
-    ranges: &[DpaRange],
-    region: &DcRegion,
-) -> Result<Vec<DpaRange>, FabricError> {
-    for &range in ranges {
-        if DpaRange::new(range.start, range.len).is_none()
-            || range.is_empty()
-            || !region.range().contains(&range)
-            || !range.is_aligned(region.base, region.block_size)
-        {
-            return Err(FabricError::NotInRegion {
-                range,
-                region: region.index,
-                block_size: region.block_size,
-            });
-        }
-        let Some(index) = free.iter().position(|hole| hole.contains(&range)) else {
-            return Err(FabricError::NotFree { range });
-        };
-        let hole = free.remove(index);
-        free.extend(hole.subtract(&range).into_iter().flatten());
-    }
-    Ok(ranges.to_vec())
-}
-
-/// The lowest DPA of a region, for prescriptive requests.
-impl Fabric {
-    /// Where a region starts; `None` if there is no such region.
-    pub fn region_base(&self, region: u8) -> Option<Dpa> {
-        self.device
-            .lock()
-            .region(region)
-            .ok()
-            .map(|region| region.base)
-    }
 }

@@ -23,6 +23,7 @@ mod fault;
 mod mailbox;
 mod memory;
 mod registers;
+mod selection;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -39,7 +40,7 @@ use memory::Memory;
 
 pub use audit::{AnswerAudit, Audit};
 pub use config::{DEFAULT_BLOCK, ModelConfig, ModelRegion};
-pub use fabric::{AddPolicy, AddRequest, Fabric, FabricError, ReleasePolicy};
+pub use fabric::{AddPolicy, AddRequest, Fabric, FabricError, ReleasePolicy, SlowOffer};
 pub use fault::{Fault, FaultKind};
 pub use registers::ModelMmio;
 

@@ -122,23 +122,21 @@ impl Mmio for ModelMmio {
 
     fn read32(&mut self, block: RegisterBlock, offset: u32) -> u32 {
         let state = self.settled();
-        let value = match block {
+        match block {
             RegisterBlock::Component => state.decoders.read(offset),
             RegisterBlock::Device => state.read_device32(offset),
-        };
-        value
+        }
     }
 
     fn read64(&mut self, block: RegisterBlock, offset: u32) -> u64 {
         let mut state = self.settled();
-        let value = match block {
+        match block {
             RegisterBlock::Component => {
                 state.violation("8-byte read of a component register", offset);
                 0
             }
             RegisterBlock::Device => state.read_device64(offset),
-        };
-        value
+        }
     }
 
     fn write32(&mut self, block: RegisterBlock, offset: u32, value: u32) {

@@ -1,10 +1,18 @@
-//! Section "answering": what goes into an Add Dynamic Capacity Response.
+//! Points 9 to 13: what goes into an Add Dynamic Capacity Response, and when it is sent.
+//! Point 14 is in `crashes.rs`.
 
+use std::time::Duration;
+
+use dax_backend::address::DpaRange;
 use dax_backend::capacity::CapacityDevice;
+use dax_backend::error::DeviceError;
+use dax_backend::mailbox::MailboxError;
+use dax_backend::model::{Fault, FaultKind, ModelConfig};
+use dax_backend::staging::{Preparation, RejectReason};
 
-use crate::bench::{opened, outcome};
+use crate::bench::{BLOCK, choosing, opened, outcome, ranges, reasons, test_device};
 
-/// Must-show 3: a group of three is answered by one command, and its extents can be used.
+/// A group of three is answered by one command, and its extents can be used.
 #[test]
 fn answering_a_group_of_three_takes_one_command() {
     let (device, mut driver) = opened();
@@ -17,6 +25,296 @@ fn answering_a_group_of_three_takes_one_command() {
     assert_eq!(accepted, offered);
     assert!(rejected.is_empty());
     assert_eq!(driver.accepted(), offered);
+    assert_eq!(device.model.audit().count(0x4802), 1);
+    device.assert_settled(&driver);
+}
+
+/// 200 extents come in many reads and are answered by one sequence within the payload.
+#[test]
+fn answering_a_group_of_200_keeps_to_the_payload() {
+    let (device, mut driver) = opened();
+    device.offer(&device.scattered(0, 200));
+    let (accepted, _) = outcome(&driver.poll().unwrap());
+    assert_eq!(accepted.len(), 200);
+    let audit = device.model.audit();
+    let answers: Vec<_> = audit
+        .answers
+        .iter()
+        .map(|answer| (answer.group, answer.ranges, answer.more))
+        .collect();
+    assert_eq!(
+        answers,
+        [
+            (Some(0), 85, true),
+            (Some(0), 85, true),
+            (Some(0), 30, false)
+        ]
+    );
+    assert!(audit.count(0x0100) >= 200 / 15);
+    device.assert_settled(&driver);
+}
+
+#[test]
+fn answering_09_all_subset_part_or_none_take_one_command_each() {
+    type Choice = fn(&DpaRange) -> Preparation;
+    let all: Choice = |_| Preparation::Whole;
+    let first_only: Choice = |range| {
+        if range.start.0.is_multiple_of(8 * BLOCK) {
+            Preparation::Whole
+        } else {
+            Preparation::Refused
+        }
+    };
+    let middle: Choice = |range| {
+        let start = dax_backend::address::Dpa(range.start.0 + BLOCK);
+        Preparation::Part(DpaRange { start, len: BLOCK })
+    };
+    let none: Choice = |_| Preparation::Refused;
+    for (choice, blocks) in [(all, 8), (first_only, 4), (middle, 2), (none, 0)] {
+        let device = test_device(ModelConfig::default());
+        let mut driver = device.open_with(choosing(move |extent| choice(&extent.range)));
+        device.offer(&[device.blocks(8, 4), device.blocks(20, 4)]);
+        driver.poll().unwrap();
+        let held: u64 = driver
+            .accepted()
+            .iter()
+            .map(|extent| extent.range.len)
+            .sum();
+        assert_eq!(held, blocks * BLOCK);
+        assert_eq!(device.model.audit().count(0x4802), 1);
+        device.assert_settled(&driver);
+    }
+}
+
+#[test]
+fn answering_10_ranges_are_in_event_order_and_inside_what_was_offered() {
+    let device = test_device(ModelConfig::default());
+    let wrong = device.blocks(9, 2);
+    let mut driver = device.open_with(choosing(move |extent| {
+        // A part that sticks out of its extent must never reach the device.
+        if extent.range.intersects(&wrong) {
+            Preparation::Part(wrong)
+        } else {
+            Preparation::Whole
+        }
+    }));
+    let offered = [
+        device.blocks(30, 1),
+        device.blocks(20, 1),
+        device.blocks(9, 1),
+        device.blocks(2, 1),
+    ];
+    device.offer(&offered);
+    let events = driver.poll().unwrap();
+    assert_eq!(reasons(&events), [RejectReason::NotPrepared]);
+    // The model lists what it accepted in the order of the answer.
+    let listed = ranges(&device.model.audit().accepted);
+    assert_eq!(listed, [offered[0], offered[1], offered[3]]);
+    device.assert_settled(&driver);
+}
+
+#[test]
+fn answering_11_neighbours_are_merged_in_releases_only() {
+    let (device, mut driver) = opened();
+    device.offer(&[
+        device.blocks(0, 1),
+        device.blocks(1, 1),
+        device.blocks(2, 1),
+    ]);
+    driver.poll().unwrap();
+    assert_eq!(device.model.audit().answers[0].ranges, 3);
+    driver
+        .release(&[
+            device.blocks(1, 1),
+            device.blocks(0, 1),
+            device.blocks(2, 1),
+        ])
+        .unwrap();
+    assert_eq!(device.model.audit().releases, [1]);
+    device.assert_settled(&driver);
+}
+
+#[test]
+fn answering_11_refused_continuation_keeps_what_is_listed() {
+    let device = test_device(ModelConfig {
+        one_command_answers: true,
+        ..ModelConfig::default()
+    });
+    let mut driver = device.open();
+    device.offer(&device.scattered(0, 100));
+    let events = driver.poll().unwrap();
+    let (accepted, rejected) = outcome(&events);
+    assert_eq!((accepted.len(), rejected.len()), (85, 15));
+    assert!(
+        reasons(&events)
+            .iter()
+            .all(|reason| *reason == RejectReason::NotListed)
+    );
+    assert_eq!(driver.accepted().len(), 85);
+    assert_eq!(driver.listed().unwrap(), driver.accepted());
+    assert_eq!(device.model.audit().groups_pending, 0);
+}
+
+#[test]
+fn answering_12_nothing_is_answered_when_nothing_was_offered() {
+    let (device, mut driver) = opened();
+    device.offer(&[device.blocks(0, 2)]);
+    driver.poll().unwrap();
+    for _ in 0..3 {
+        device.ask_back(&[device.blocks(0, 1)]);
+        driver.poll().unwrap();
+        driver.poll().unwrap();
+    }
+    device.take_away(&[device.blocks(0, 2)]);
+    driver.poll().unwrap();
+    assert_eq!(device.model.audit().count(0x4802), 1);
+    device.assert_settled(&driver);
+}
+
+fn is_timeout(result: Result<impl Sized, DeviceError>) -> bool {
+    matches!(
+        result,
+        Err(DeviceError::Mailbox(MailboxError::Timeout { .. }))
+    )
+}
+
+#[test]
+fn answering_12_answer_that_took_effect_unseen_is_not_repeated() {
+    let (device, mut driver) = opened();
+    let offered = device.offer(&[device.blocks(0, 1), device.blocks(4, 1)]);
+    device
+        .model
+        .inject(Fault::on(0x4802, FaultKind::HangExecuted));
+    assert!(is_timeout(driver.poll()));
+    assert_eq!(driver.accepted(), []);
+    device.model.reset();
+    let (accepted, _) = outcome(&driver.poll().unwrap());
+    assert_eq!(accepted, offered);
+    assert_eq!(device.model.audit().count(0x4802), 1);
+    device.assert_settled(&driver);
+}
+
+#[test]
+fn answering_12_answer_that_was_lost_is_repeated() {
+    let (device, mut driver) = opened();
+    let offered = device.offer(&[device.blocks(0, 1)]);
+    device.model.inject(Fault::on(0x4802, FaultKind::Hang));
+    assert!(is_timeout(driver.poll()));
+    device.model.reset();
+    let (accepted, _) = outcome(&driver.poll().unwrap());
+    assert_eq!(accepted, offered);
     assert_eq!(device.model.audit().answers_to(0), 1);
     device.assert_settled(&driver);
+}
+
+#[test]
+fn answering_12_late_answer_is_waited_for_and_not_repeated() {
+    let (device, mut driver) = opened();
+    let offered = device.offer(&[device.blocks(0, 1)]);
+    let late = Duration::from_millis(60);
+    device
+        .model
+        .inject(Fault::on(0x4802, FaultKind::Delay(late)));
+    assert!(is_timeout(driver.poll()));
+    let (accepted, _) = outcome(&driver.poll().unwrap());
+    assert_eq!(accepted, offered);
+    assert_eq!(device.model.audit().count(0x4802), 1);
+    device.assert_settled(&driver);
+}
+
+/// A rejection leaves no trace in the extent list, so it is never repeated; if it was lost, the
+/// group is in the way of the next one, and goes then.
+#[test]
+fn answering_12_rejection_of_unknown_outcome_is_not_repeated() {
+    for fault in [FaultKind::HangExecuted, FaultKind::Hang] {
+        let device = test_device(ModelConfig::default());
+        let unwanted = device.blocks(0, 1);
+        let mut driver = device.open_with(choosing(move |extent| {
+            if extent.range == unwanted {
+                Preparation::Refused
+            } else {
+                Preparation::Whole
+            }
+        }));
+        device.offer(&[unwanted]);
+        device.model.inject(Fault::on(0x4802, fault));
+        assert!(is_timeout(driver.poll()));
+        device.model.reset();
+        driver.poll().unwrap();
+        let offered = device.offer(&[device.blocks(4, 1)]);
+        let (accepted, _) = outcome(&driver.poll().unwrap());
+        assert_eq!(accepted, offered);
+        let audit = device.model.audit();
+        assert_eq!((audit.spurious_answers, audit.groups_pending), (0, 0));
+        assert_eq!(audit.answers_to(0), 1);
+        assert_eq!(audit.answers_to(1), 1);
+    }
+}
+
+#[test]
+fn answering_13_exhausted_device_is_asked_for_less() {
+    let device = test_device(ModelConfig {
+        max_extents: 2,
+        ..ModelConfig::default()
+    });
+    let mut driver = device.open();
+    let offered = device.offer(&device.scattered(0, 3));
+    let events = driver.poll().unwrap();
+    assert_eq!(outcome(&events).0, offered[..2]);
+    assert_eq!(reasons(&events), [RejectReason::DeviceExhausted]);
+    assert_eq!(device.model.audit().answers_to(0), 1);
+    device.assert_settled(&driver);
+}
+
+#[test]
+fn answering_13_device_that_never_has_room_gets_a_rejection() {
+    let (device, mut driver) = opened();
+    device.offer(&device.scattered(0, 4));
+    // Four, two and one are too many for a device that claims to have room.
+    for _ in 0..3 {
+        device
+            .model
+            .inject(Fault::on(0x4802, FaultKind::ReturnCode(0x1d)));
+    }
+    let events = driver.poll().unwrap();
+    assert_eq!(reasons(&events), [RejectReason::DeviceExhausted; 4]);
+    let audit = device.model.audit();
+    assert_eq!(audit.count(0x4802), 4);
+    assert_eq!(audit.answers.last().unwrap().ranges, 0);
+    device.assert_settled(&driver);
+}
+
+#[test]
+fn answering_13_busy_device_is_asked_again() {
+    for code in [0x05, 0x06] {
+        let (device, mut driver) = opened();
+        let offered = device.offer(&[device.blocks(0, 1)]);
+        for _ in 0..2 {
+            device
+                .model
+                .inject(Fault::on(0x4802, FaultKind::ReturnCode(code)));
+        }
+        let (accepted, _) = outcome(&driver.poll().unwrap());
+        assert_eq!(accepted, offered);
+        assert_eq!(driver.counters().retries, 2);
+        device.assert_settled(&driver);
+    }
+}
+
+#[test]
+fn answering_13_refused_list_becomes_a_rejection() {
+    for code in [0x0f, 0x1e] {
+        let (device, mut driver) = opened();
+        device.offer(&[device.blocks(0, 1), device.blocks(4, 1)]);
+        device
+            .model
+            .inject(Fault::on(0x4802, FaultKind::ReturnCode(code)));
+        let events = driver.poll().unwrap();
+        assert_eq!(reasons(&events), [RejectReason::DeviceRefused { code }; 2]);
+        assert_eq!(driver.accepted(), []);
+        let audit = device.model.audit();
+        assert_eq!(audit.answers_to(0), 1);
+        assert_eq!(audit.answers.last().unwrap().ranges, 0);
+        device.assert_settled(&driver);
+    }
 }

@@ -9,8 +9,9 @@ use dax_backend::extent::{Extent, ExtentTag};
 use dax_backend::mailbox::MailboxConfig;
 use dax_backend::mmio::Mmio;
 use dax_backend::model::{
-    AddPolicy, AddRequest, Fabric, ModelConfig, ReleasePolicy, SoftwareDevice,
+    AddPolicy, AddRequest, Fabric, ModelConfig, ReleasePolicy, SlowOffer, SoftwareDevice,
 };
+use dax_backend::staging::{Preparation, Prepare, RejectReason};
 
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const BLOCK: u64 = 2 * MIB;
@@ -89,11 +90,36 @@ impl TestDevice {
             .expect("the fabric offers")
     }
 
+    /// Offers ranges of region 0 as one group, whose records come later.
+    pub(crate) fn offer_slowly(&self, ranges: &[DpaRange]) -> SlowOffer {
+        let policy = AddPolicy::Prescriptive(ranges.to_vec());
+        let request = AddRequest {
+            policy,
+            region: 0,
+            tag: ExtentTag::NULL,
+        };
+        self.fabric.add_slowly(&request).expect("the fabric offers")
+    }
+
+    /// `count` single blocks of region 0 from `start`, every other one, so that none touch.
+    pub(crate) fn scattered(&self, start: u64, count: u64) -> Vec<DpaRange> {
+        (0..count)
+            .map(|index| self.blocks(start + 2 * index, 1))
+            .collect()
+    }
+
     pub(crate) fn ask_back(&self, ranges: &[DpaRange]) {
         let policy = ReleasePolicy::Prescriptive(ranges.to_vec());
         self.fabric
             .release(&policy, false)
             .expect("the fabric asks");
+    }
+
+    pub(crate) fn take_away(&self, ranges: &[DpaRange]) {
+        let policy = ReleasePolicy::Prescriptive(ranges.to_vec());
+        self.fabric
+            .release(&policy, true)
+            .expect("the fabric takes");
     }
 
     /// The host has kept to the protocol, and nothing is left unanswered or unread.
@@ -144,4 +170,32 @@ pub(crate) fn outcome(events: &[DeviceEvent]) -> (Vec<Extent>, Vec<Extent>) {
         }
     }
     (accepted, rejected)
+}
+
+/// The host's side of an offer, as a closure.
+pub(crate) struct Choose<F>(pub(crate) F);
+
+impl<F: FnMut(&Extent) -> Preparation + Send> Prepare for Choose<F> {
+    fn prepare(&mut self, offered: &Extent) -> Preparation {
+        (self.0)(offered)
+    }
+}
+
+/// Time-outs for tests, and a host that chooses what it takes.
+pub(crate) fn choosing(
+    choose: impl FnMut(&Extent) -> Preparation + Send + 'static,
+) -> DeviceConfig {
+    DeviceConfig {
+        prepare: Box::new(Choose(choose)),
+        ..config()
+    }
+}
+
+/// The reasons of all rejections, in order.
+pub(crate) fn reasons(events: &[DeviceEvent]) -> Vec<RejectReason> {
+    let rejected = events.iter().filter_map(|event| match event {
+        DeviceEvent::Rejected { extents } => Some(extents),
+        _ => None,
+    });
+    rejected.flatten().map(|(_, reason)| *reason).collect()
 }

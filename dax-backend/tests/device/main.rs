@@ -5,5 +5,16 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod wire;
 
 mod answering;
+mod crashes;
+mod decoders;
+mod fabric;
+mod faults;
+mod mailbox;
+mod recovery;
+mod release;
+mod staging;
+mod stalls;
+mod tags;

@@ -1,0 +1,231 @@
+//! Points 15 to 19: groups that do not end, do not fit, or make no sense.
+//! Point 18 is in `tests/staging_oom.rs`, which needs an allocator of its own.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use dax_backend::address::DpaRange;
+use dax_backend::capacity::{CapacityDevice, DeviceEvent};
+use dax_backend::device::{DcDevice, DeviceConfig};
+use dax_backend::extent::Extent;
+use dax_backend::model::{ModelConfig, ModelRegion};
+use dax_backend::staging::{RejectReason, StagingLimits};
+
+use crate::bench::{BLOCK, MIB, config, opened, outcome, range, ranges, reasons, test_device};
+use crate::wire::{Hook, tapped};
+
+const TIMEOUT: Duration = Duration::from_millis(20);
+
+fn impatient() -> DeviceConfig {
+    let staging = StagingLimits { timeout: TIMEOUT, max_extents: 4 };
+    DeviceConfig { staging, ..config() }
+}
+
+#[test]
+fn stalls_15_group_without_end_is_rejected_once_and_its_tail_dropped() {
+    let device = test_device(ModelConfig::default());
+    let mut driver = device.open_with(impatient());
+    let mut offer = device.offer_slowly(&device.scattered(0, 3));
+    offer.write(1);
+    assert_eq!(driver.poll().unwrap(), []);
+    sleep(TIMEOUT);
+    assert_eq!(reasons(&driver.poll().unwrap()), [RejectReason::GroupTimedOut]);
+    assert_eq!(driver.counters().group_timeouts, 1);
+    let answers = device.model.audit().answers;
+    assert_eq!((answers.len(), answers[0].ranges), (1, 0));
+    // The rest of the chain comes after all, its end in another poll.
+    offer.write(1);
+    assert_eq!(driver.poll().unwrap(), []);
+    offer.write(1);
+    assert_eq!(driver.poll().unwrap(), []);
+    assert_eq!(driver.counters().records_discarded, 2);
+    assert_eq!(device.model.audit().answers.len(), 1, "a late end is no group");
+    let offered = device.offer(&[device.blocks(20, 1)]);
+    assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
+    device.assert_settled(&driver);
+}
+
+#[test]
+fn stalls_15_each_record_starts_the_time_anew() {
+    let device = test_device(ModelConfig::default());
+    let mut driver = device.open_with(impatient());
+    let mut offer = device.offer_slowly(&device.scattered(0, 4));
+    for _ in 0..4 {
+        offer.write(1);
+        driver.poll().unwrap();
+        sleep(TIMEOUT / 2);
+    }
+    assert_eq!(driver.accepted().len(), 4);
+    assert_eq!(driver.counters().group_timeouts, 0);
+    device.assert_settled(&driver);
+}
+
+#[test]
+fn stalls_15_end_that_waited_in_the_log_counts() {
+    let device = test_device(ModelConfig::default());
+    let mut driver = device.open_with(impatient());
+    let mut offer = device.offer_slowly(&device.scattered(0, 2));
+    offer.write(1);
+    driver.poll().unwrap();
+    offer.write(1);
+    sleep(TIMEOUT);
+    assert_eq!(outcome(&driver.poll().unwrap()).0, offer.extents());
+    device.assert_settled(&driver);
+}
+
+#[test]
+fn stalls_16_overflow_ends_the_group_with_what_came() {
+    let device = test_device(ModelConfig { event_log_depth: 8, ..ModelConfig::default() });
+    let mut driver = device.open();
+    let first = device.offer(&device.scattered(0, 12));
+    let events = driver.poll().unwrap();
+    assert!(events.contains(&DeviceEvent::Overflow { lost: 4 }));
+    assert_eq!(outcome(&events).0, first[..8]);
+    assert_eq!(driver.counters().overflows, 1);
+    assert_eq!(device.model.audit().answers_to(0), 1);
+    let second = device.offer(&device.scattered(100, 2));
+    assert_eq!(outcome(&driver.poll().unwrap()).0, second, "the next record starts a new group");
+    device.assert_settled(&driver);
+}
+
+/// The log is longer than one read, and a new offer comes as soon as there is room in it again.
+#[test]
+fn stalls_16_group_behind_the_loss_is_its_own_group() {
+    let device = test_device(ModelConfig { event_log_depth: 20, ..ModelConfig::default() });
+    let fabric = device.fabric.clone();
+    let next: Vec<DpaRange> = device.scattered(100, 2);
+    let mut offer_next = Some(next.clone());
+    let wire = tapped(
+        device.mmio(),
+        Hook(move |opcode| {
+            if opcode == 0x0101
+                && let Some(ranges) = offer_next.take()
+            {
+                let extents: Vec<Extent> = ranges.into_iter().map(Extent::untagged).collect();
+                fabric.add_unchecked(&extents);
+            }
+        }),
+    );
+    let mut driver = DcDevice::open(wire, config()).unwrap();
+    let first = device.offer(&device.scattered(0, 22));
+    let events = driver.poll().unwrap();
+    let groups: Vec<&Vec<Extent>> = events
+        .iter()
+        .filter_map(|event| match event {
+            DeviceEvent::Accepted { extents } => Some(extents),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(groups.len(), 2);
+    assert_eq!(groups[0][..], first[..20]);
+    assert_eq!(ranges(groups[1]), next);
+    device.assert_settled(&driver);
+}
+
+/// A group of which no record survived is pending all the same, and in the way of the next one.
+#[test]
+fn stalls_16_group_lost_whole_is_rejected_when_the_next_is_refused() {
+    let device = test_device(ModelConfig { event_log_depth: 8, ..ModelConfig::default() });
+    let mut driver = device.open();
+    device.offer(&device.scattered(0, 8));
+    device.offer(&device.scattered(50, 2));
+    driver.poll().unwrap();
+    assert_eq!(device.model.audit().groups_pending, 1, "nobody told the driver");
+    let third = device.offer(&device.scattered(100, 2));
+    assert_eq!(outcome(&driver.poll().unwrap()).0, third);
+    let audit = device.model.audit();
+    assert_eq!((audit.groups_pending, audit.spurious_answers), (0, 0));
+    assert_eq!([0, 1, 2].map(|group| audit.answers_to(group)), [1, 1, 1]);
+    assert_eq!(driver.listed().unwrap(), driver.accepted());
+}
+
+#[test]
+fn stalls_17_oversized_group_is_rejected_once_and_its_tail_dropped() {
+    let device = test_device(ModelConfig::default());
+    let mut driver = device.open_with(impatient());
+    device.offer(&device.scattered(0, 7));
+    let events = driver.poll().unwrap();
+    assert_eq!(reasons(&events), [RejectReason::GroupTooLarge; 4]);
+    let answers = device.model.audit().answers;
+    assert_eq!((answers.len(), answers[0].ranges), (1, 0));
+    assert_eq!(driver.counters().groups_too_large, 1);
+    let offered = device.offer(&device.scattered(50, 4));
+    assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
+    device.assert_settled(&driver);
+}
+
+/// One malformed extent between two good ones.
+fn rejects_only(bad: Extent, reason: RejectReason) {
+    let device = test_device(ModelConfig {
+        dc_regions: vec![ModelRegion::of(512 * MIB), ModelRegion::of(256 * MIB)],
+        ..ModelConfig::default()
+    });
+    let mut driver = device.open();
+    device.offer(&[device.blocks(30, 4)]);
+    driver.poll().unwrap();
+    let good = [device.blocks(0, 4), device.blocks(10, 2)].map(Extent::untagged);
+    device.fabric.add_unchecked(&[good[0], bad, good[1]]);
+    let events = driver.poll().unwrap();
+    assert_eq!(outcome(&events).0, good, "{reason:?}");
+    assert_eq!(reasons(&events), [reason]);
+    assert_eq!(outcome(&events).1, [bad]);
+    assert_eq!(device.model.audit().answers_to(1), 1, "in one answer");
+    assert_eq!(driver.accepted().len(), 3);
+    device.assert_settled(&driver);
+}
+
+const BASE: u64 = 512 * MIB;
+
+fn bad(start: u64, len: u64) -> Extent {
+    Extent::untagged(range(start, len))
+}
+
+#[test]
+fn stalls_19_extent_outside_regions_is_rejected_alone() {
+    rejects_only(bad(0, BLOCK), RejectReason::OutsideRegions);
+    rejects_only(bad(BASE + (1 << 40), BLOCK), RejectReason::OutsideRegions);
+}
+
+#[test]
+fn stalls_19_extent_across_two_regions_is_rejected_alone() {
+    rejects_only(bad(BASE + 510 * MIB, 4 * MIB), RejectReason::OutsideRegions);
+}
+
+#[test]
+fn stalls_19_empty_extent_is_rejected_alone() {
+    rejects_only(bad(BASE + 8 * BLOCK, 0), RejectReason::Empty);
+}
+
+#[test]
+fn stalls_19_misaligned_extent_is_rejected_alone() {
+    let reason = RejectReason::Misaligned { block_size: BLOCK };
+    rejects_only(bad(BASE + 8 * BLOCK + 4096, BLOCK), reason);
+    rejects_only(bad(BASE + 8 * BLOCK, BLOCK - 64), reason);
+}
+
+#[test]
+fn stalls_19_wrapping_extent_is_rejected_alone() {
+    rejects_only(bad(BASE, u64::MAX), RejectReason::Wraps);
+    rejects_only(bad(u64::MAX - BLOCK + 1, BLOCK), RejectReason::Wraps);
+}
+
+#[test]
+fn stalls_19_extent_over_a_held_one_is_rejected_alone() {
+    rejects_only(bad(BASE + 31 * BLOCK, BLOCK), RejectReason::OverlapsAccepted);
+    rejects_only(bad(BASE + 28 * BLOCK, 8 * BLOCK), RejectReason::OverlapsAccepted);
+}
+
+#[test]
+fn stalls_19_extent_over_another_of_its_group_is_rejected_alone() {
+    rejects_only(bad(BASE + 3 * BLOCK, 2 * BLOCK), RejectReason::OverlapsGroup);
+    rejects_only(bad(BASE, BLOCK), RejectReason::OverlapsGroup);
+}
+
+#[test]
+fn stalls_19_group_of_nothing_but_nonsense_is_rejected() {
+    let (device, mut driver) = opened();
+    device.fabric.add_unchecked(&[bad(0, 0), bad(u64::MAX, u64::MAX)]);
+    assert_eq!(driver.poll().unwrap().len(), 1);
+    assert_eq!(device.model.audit().answers_to(0), 1);
+    device.assert_settled(&driver);
+}
