@@ -15,6 +15,7 @@ use rustix::mm::{MlockAllFlags, MprotectFlags, mlock, mlockall, mprotect};
 use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::null_mut;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 const ALL: LivePages = LivePages::ALL;
@@ -209,22 +210,28 @@ fn mlockall_populates_no_placeholder() {
 
 #[test]
 fn a_program_that_closes_all_descriptors_loses_nothing() {
-    in_own_process(
-        "a_program_that_closes_all_descriptors_loses_nothing",
-        || {
-            let heap = Heap::new(2);
+    let name = "a_program_that_closes_all_descriptors_loses_nothing";
+    in_own_process(name, || {
+        let heap = Heap::new(2);
+        let (moving, hears) = mpsc::channel();
+        std::thread::scope(|scope| {
+            // Threads share the table of the thread that starts them, so this
+            // one has the program's and not the mover's.
+            scope.spawn(move || {
+                hears.recv().unwrap();
+                // SAFETY: the program's own descriptors.
+                assert_eq!(unsafe { libc::close_range(3, u32::MAX, 0) }, 0);
+            });
             on_mover(None, |mover| {
                 let mut mover = mover.unwrap();
                 under_a_writer(&heap, || {
                     go_round(&mut mover, &heap);
-                    // SAFETY: the program's own descriptors.
-                    let closer = || assert_eq!(unsafe { libc::close_range(3, u32::MAX, 0) }, 0);
-                    std::thread::scope(|scope| scope.spawn(closer).join().unwrap());
+                    moving.send(()).unwrap();
                     (0..20).for_each(|_| go_round(&mut mover, &heap));
                 });
             });
-        },
-    );
+        });
+    });
 }
 
 fn become_nobody() {
@@ -411,84 +418,113 @@ fn a_granule_can_wait_without_content_and_come_back_on_touch() {
     });
 }
 
-/// Takes all but about `spare` of the mappings that the kernel allows.
-fn leave_mappings(spare: usize) -> (usize, usize) {
-    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
-    let pages: usize = limit.trim().parse().unwrap();
-    let (access, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: a new mapping, of which every other page becomes one more.
-    unsafe {
-        let at = libc::mmap(null_mut(), pages * PAGE, access, flags, -1, 0) as usize;
-        let used = mappings_in(0..usize::MAX);
-        for page in (0..pages.saturating_sub(used + spare)).step_by(2) {
-            libc::mprotect((at + page * PAGE) as *mut c_void, PAGE, libc::PROT_READ);
+/// All the mappings that the kernel still allowed, to be freed one by one.
+struct Hoard {
+    at: usize,
+    pages: usize,
+}
+
+impl Hoard {
+    fn new(limit: usize) -> Self {
+        let (access, flags) = (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping, of which every other page becomes one more.
+        unsafe {
+            let at = libc::mmap(null_mut(), limit * PAGE, access, flags, -1, 0) as usize;
+            let page = |i: usize| (at + i * PAGE) as *mut c_void;
+            let split = |i: &usize| libc::mprotect(page(*i), PAGE, libc::PROT_READ) == 0;
+            let splits = (1..limit).step_by(2).take_while(split).count();
+            assert!(2 * splits < limit, "the limit was not reached");
+            let pages = 2 * splits;
+            libc::munmap(page(pages), (limit - pages) * PAGE);
+            Self { at, pages }
         }
-        (at, pages * PAGE)
+    }
+
+    fn free_one(&mut self) {
+        self.pages -= 1;
+        // SAFETY: the last page of the hoard.
+        unsafe { libc::munmap((self.at + self.pages * PAGE) as *mut c_void, PAGE) };
+    }
+}
+
+impl Drop for Hoard {
+    fn drop(&mut self) {
+        // SAFETY: the rest of the hoard.
+        unsafe { libc::munmap(self.at as *mut c_void, self.pages * PAGE) };
     }
 }
 
 #[test]
-fn whatever_is_exhausted_granules_keep_their_content() {
-    in_own_process("whatever_is_exhausted_granules_keep_their_content", || {
+fn with_few_mappings_left_granules_move_or_stay_but_keep_their_content() {
+    let name = "with_few_mappings_left_granules_move_or_stay_but_keep_their_content";
+    in_own_process(name, || {
+        let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+        let limit: usize = limit.trim().parse().unwrap();
+        if limit > 2_000_000 {
+            println!("SKIPPED: vm.max_map_count is {limit}, too many to use up");
+            return;
+        }
         let heap = Heap::new(4);
         fill(&heap);
         on_mover(None, |mover| {
             let mut mover = mover.unwrap();
-            let (mut failed, mut moved) = (0, 0);
-            for spare in 0..40 {
-                let (at, len) = leave_mappings(spare);
-                let mut there = false;
-                for step in 0..2 {
-                    let memory = |i| match there {
-                        false => (heap.extent(i), Memory::Dram),
-                        true => (Memory::Dram, heap.extent(i)),
-                    };
-                    if there != (step == 1) {
-                        continue;
-                    }
-                    match move_run(&mut mover, &heap, 0..4, &ALL, memory) {
-                        Ok(_) => (there, moved) = (!there, moved + 1),
-                        Err(RebindError::NoMemory(_)) => failed += 1,
-                        Err(other) => panic!("{spare} mappings left: {other}"),
-                    }
+            for to_dram in [true, false] {
+                let memory = |i| match to_dram {
+                    true => (heap.extent(i), Memory::Dram),
+                    false => (Memory::Dram, heap.extent(i)),
+                };
+                let mut hoard = Hoard::new(limit);
+                let mut refused = 0;
+                while let Err(error) = move_run(&mut mover, &heap, 0..4, &ALL, memory) {
+                    assert!(matches!(error, RebindError::NoMemory(_)), "{error}");
+                    assert!((0..4).all(|i| is_filled(&heap, i, 0..512)), "{refused}");
+                    refused += 1;
+                    hoard.free_one();
                 }
-                // SAFETY: the mapping of `leave_mappings`.
-                unsafe { libc::munmap(at as *mut c_void, len) };
-                assert!((0..4).all(|i| is_filled(&heap, i, 0..512)), "{spare} left");
-                if there {
-                    let memory = |i| (Memory::Dram, heap.extent(i));
-                    move_run(&mut mover, &heap, 0..4, &ALL, memory).unwrap();
-                }
+                assert!((0..4).all(|i| is_filled(&heap, i, 0..512)));
+                println!("moved after {refused} refusals");
+                assert!((1..100).contains(&refused));
             }
-            println!("{failed} refused, {moved} moved");
-            assert!(failed > 0 && moved > 0);
         });
-        address_space(&heap);
     });
 }
 
-/// The same with RLIMIT_AS just below what is used.
-fn address_space(heap: &Heap) {
-    on_mover(None, |mover| {
-        let mut mover = mover.unwrap();
-        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-        let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
-        for granules in 0..9 {
-            let most = pages * PAGE as u64 + granules * GRANULE as u64;
-            set_address_space(most);
-            let moved = to_dram(&mut mover, heap, 0..2);
-            set_address_space(libc::RLIM_INFINITY);
-            assert!((0..2).all(|i| is_filled(heap, i, 0..512)), "{granules}");
-            match moved {
-                Ok(()) => {
-                    let memory = |i| (Memory::Dram, heap.extent(i));
-                    move_run(&mut mover, heap, 0..2, &ALL, memory).unwrap();
-                }
-                Err(RebindError::NoMemory(_)) => assert!(granules < 8),
-                Err(other) => panic!("{other}"),
-            }
-        }
+#[test]
+fn with_little_address_space_left_granules_move_or_stay_but_keep_their_content() {
+    let name = "with_little_address_space_left_granules_move_or_stay_but_keep_their_content";
+    in_own_process(name, || {
+        let heap = Heap::new(2);
+        fill(&heap);
+        on_mover(None, |mover| {
+            shrink_address_space(&mut mover.unwrap(), &heap)
+        });
     });
+}
+
+fn shrink_address_space(mover: &mut Mover, heap: &Heap) {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let used: u64 = statm.split(' ').next().unwrap().parse().unwrap();
+    let (mut refused, mut moved) = (0, 0);
+    for pages in (0..6144).step_by(128) {
+        set_address_space((used + pages) * PAGE as u64);
+        let there = to_dram(mover, heap, 0..2);
+        let memory = |i| (Memory::Dram, heap.extent(i));
+        let back = there
+            .is_ok()
+            .then(|| move_run(mover, heap, 0..2, &ALL, memory));
+        set_address_space(libc::RLIM_INFINITY);
+        assert!((0..2).all(|i| is_filled(heap, i, 0..512)), "{pages} pages");
+        match (there, back) {
+            (Err(RebindError::NoMemory(_)), _) => refused += 1,
+            (Ok(()), Some(Ok(_))) => moved += 1,
+            (Ok(()), Some(Err(RebindError::NoMemory(_)))) => {
+                move_run(mover, heap, 0..2, &ALL, memory).unwrap();
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    println!("{refused} refused, {moved} moved");
+    assert!(refused > 0 && moved > 0);
 }
 
 fn set_address_space(bytes: u64) {

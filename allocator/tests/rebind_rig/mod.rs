@@ -137,12 +137,23 @@ pub(crate) fn under_a_writer(heap: &Heap, work: impl FnOnce()) -> u64 {
             }
             done
         });
+        // Also when it panics, or the writer would run for ever.
+        let stopped = Stop(&stop);
         work();
-        stop.store(true, Relaxed);
+        drop(stopped);
         writer.join().unwrap()
     });
     assert_eq!(sum() - before, done, "increments were lost");
     done
+}
+
+/// Tells threads to stop when dropped.
+pub(crate) struct Stop<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }
 
 /// Moves the first granule from extent to DRAM, back, and to another extent.

@@ -37,7 +37,9 @@ mod mapping;
 mod monitor;
 mod mover;
 mod placeholder;
+mod reserve;
 mod smaps;
+mod spare;
 mod staging;
 mod stall;
 mod taken;
@@ -49,7 +51,7 @@ pub use live::LivePages;
 pub use mapping::Change;
 pub use monitor::Monitor;
 pub use mover::Mover;
-pub use staging::Spare;
+pub use spare::Spare;
 pub use stall::StallHistogram;
 pub use taken::Taken;
 pub use uffd::{Uffd, UffdError};
@@ -65,7 +67,9 @@ pub const RUN: usize = 8;
 /// What is behind a granule's addresses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Memory {
-    /// A granule of an extent, by its address in the alias mapping.
+    /// A granule of an extent, by its address in the alias mapping: a shared
+    /// mapping of the window that is handed out to nobody. (One of `/dev/mem`
+    /// does not do, since mremap(2) duplicates no mapping without pages.)
     Extent(usize),
     /// Anonymous memory.
     Dram,

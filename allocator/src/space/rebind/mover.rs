@@ -5,7 +5,9 @@ use super::error::{RebindError, StartError};
 use super::mapping::Mappings;
 use super::monitor::{Monitor, now};
 use super::placeholder;
-use super::staging::{Spare, Staging, advise};
+use super::reserve::Reserve;
+use super::spare::Spare;
+use super::staging::{Staging, advise};
 use super::stall::StallHistogram;
 use super::taken::Taken;
 use super::uffd::Uffd;
@@ -24,6 +26,8 @@ pub struct Mover {
     /// Never closed: that would turn placeholders into zeroes.
     uffd: ManuallyDrop<Uffd>,
     mappings: Mappings,
+    /// There whenever a granule is taken.
+    reserve: Option<Reserve>,
     guarded: bool,
     this_thread: PhantomData<*const ()>,
 }
@@ -46,6 +50,7 @@ impl Mover {
             monitor,
             uffd: ManuallyDrop::new(uffd),
             mappings,
+            reserve: None,
             guarded: true,
             this_thread: PhantomData,
         })
@@ -146,11 +151,10 @@ impl Mover {
     /// As [`rebind`](Self::rebind). What was taken is given or put back.
     pub unsafe fn take(&mut self, va: usize, from: &[Memory]) -> Result<Taken, RebindError> {
         debug_assert!(va.is_multiple_of(GRANULE) && (1..=RUN).contains(&from.len()));
-        let staged = match from.contains(&Memory::Dram) {
-            true => Staging::reserve(from.len())?,
-            false => Staging::NONE,
-        };
-        let mut taken = Taken::none_of(va, from, staged);
+        if self.reserve.is_none() {
+            self.reserve = Some(Reserve::fill()?);
+        }
+        let mut taken = Taken::none_of(va, from);
         // Waits that the monitor heard of after their end.
         from.iter().enumerate().for_each(|(i, _)| {
             self.monitor.waiters.remove(taken.granule(i), |_| ());
@@ -200,7 +204,7 @@ impl Mover {
             self.uffd.register(va, len)?;
         }
         // SAFETY: the granules are the caller's, and anonymous memory.
-        if let Err(errno) = unsafe { taken.staged.take_from(i, n, va) } {
+        if let Err(errno) = unsafe { taken.content.take_from(i, n, va) } {
             let _ = self.uffd.unregister(va, len);
             return Err(errno.into());
         }
@@ -209,7 +213,7 @@ impl Mover {
         if self.guarded {
             // The registration moved along, and would make us wait for the
             // pages that are missing.
-            let unregistered = self.uffd.unregister(taken.staged.granule(i), len);
+            let unregistered = self.uffd.unregister(taken.content.granule(i), len);
             if let Err(errno) = unregistered {
                 taken.now_taken(i..i + n);
                 return Err(errno.into());
@@ -242,11 +246,9 @@ impl Mover {
             let va = taken.granule(i);
             let placed = match taken.from(i) {
                 // SAFETY: the granule is taken and its content staged.
-                Memory::Dram => unsafe { self.place(va, &mut taken.staged, i) },
+                Memory::Dram => unsafe { self.place(va, &mut taken.content, i) },
                 // SAFETY: the extent is still mapped and holds the content.
-                Memory::Extent(alias) => unsafe {
-                    Staging::of_extent(alias).and_then(|mut old| self.place(va, &mut old, 0))
-                },
+                Memory::Extent(alias) => unsafe { self.place_extent(va, alias) },
             };
             if let Err(errno) = placed {
                 return Err(RebindError::Stuck { taken, errno });
@@ -265,9 +267,14 @@ impl Mover {
 
     /// # Safety
     /// The granule at `va` is taken, and `staging`'s is to be its backing.
-    unsafe fn place(&self, va: usize, staging: &mut Staging, i: usize) -> Result<(), Errno> {
+    unsafe fn place(&mut self, va: usize, staging: &mut Staging, i: usize) -> Result<(), Errno> {
         // SAFETY: the caller's.
-        unsafe { staging.move_to(i, 1, va) }?;
+        let mut placed = unsafe { staging.move_to(i, 1, va) };
+        if placed == Err(Errno::NOMEM) && self.reserve.take().is_some() {
+            // SAFETY: as above; a failure left everything as it was.
+            placed = unsafe { staging.move_to(i, 1, va) };
+        }
+        placed?;
         // Fails on addresses outside the process only.
         let _ = self.uffd.wake(va, GRANULE);
         let woken = now();
@@ -275,6 +282,21 @@ impl Mover {
             self.monitor.stalls.record(woken.saturating_sub(since));
         });
         Ok(())
+    }
+
+    /// # Safety
+    /// As [`place`](Self::place) with the granule of an extent at `alias`.
+    unsafe fn place_extent(&mut self, va: usize, alias: usize) -> Result<(), Errno> {
+        let mut old = Staging::EMPTY;
+        // SAFETY: the caller's.
+        let mut mapped = unsafe { old.map_extent(0, alias) };
+        if mapped == Err(Errno::NOMEM) && self.reserve.take().is_some() {
+            // SAFETY: as above.
+            mapped = unsafe { old.map_extent(0, alias) };
+        }
+        mapped?;
+        // SAFETY: as above.
+        unsafe { self.place(va, &mut old, 0) }
     }
 
     /// Which granule of the run to move next.

@@ -1,6 +1,6 @@
 //! A mapping on which every access waits.
 
-use super::staging::{Staging, advise, allow_access};
+use super::staging::{Staging, advise, allow_access, last_error};
 use super::uffd::Uffd;
 use super::{GRANULE, PAGE, RUN};
 use core::ffi::c_void;
@@ -30,7 +30,8 @@ impl From<Errno> for PlaceholderError {
 /// It is not inherited: a child has no userfaultfd that makes it wait, and
 /// would read zeroes where its parent has data.
 pub(super) fn build(uffd: &Uffd, n: usize) -> Result<Staging, PlaceholderError> {
-    let staging = Staging::reserve(n)?;
+    let mut staging = Staging::EMPTY;
+    staging.reserve(0, n)?;
     let (at, len) = (staging.granule(0), n * GRANULE);
     // SAFETY: a mapping of ours; unlocking changes no content.
     unsafe { munlock(at as *mut c_void, len) }?;
@@ -51,6 +52,6 @@ fn is_empty(at: usize, len: usize) -> Result<bool, Errno> {
     let done = unsafe { libc::mincore(at as *mut c_void, len, pages.as_mut_ptr()) };
     match done {
         0 => Ok(pages[..len / PAGE].iter().all(|page| page & 1 == 0)),
-        _ => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::NOMEM)),
+        _ => Err(last_error()),
     }
 }

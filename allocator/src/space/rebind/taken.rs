@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::staging::Staging;
-use super::{GRANULE, Memory, RUN};
+use super::{GRANULE, Memory};
 use core::ops::Range;
 
 /// A run of neighbouring granules behind placeholders. Threads that touch one
@@ -16,34 +16,28 @@ use core::ops::Range;
 pub struct Taken {
     va: usize,
     len: u32,
-    /// A bit per granule that was in DRAM.
-    dram: u32,
-    /// Where the others' content is.
-    alias: [usize; RUN],
     /// A bit per granule that is behind its placeholder.
     waiting: u32,
-    /// The pages that were in DRAM, each granule at its place in the run.
-    pub(super) staged: Staging,
+    /// Where the content is: pages that were in DRAM are mapped there, others
+    /// are in their extent.
+    pub(super) content: Staging,
 }
 
 impl Taken {
     /// A run of which nothing is taken yet.
-    pub(super) fn none_of(va: usize, from: &[Memory], staged: Staging) -> Self {
-        let mut taken = Self {
-            va,
-            len: from.len() as u32,
-            dram: 0,
-            alias: [0; RUN],
-            waiting: 0,
-            staged,
-        };
+    pub(super) fn none_of(va: usize, from: &[Memory]) -> Self {
+        let mut content = Staging::EMPTY;
         for (i, from) in from.iter().enumerate() {
-            match *from {
-                Memory::Extent(alias) => taken.alias[i] = alias,
-                Memory::Dram => taken.dram |= 1 << i,
+            if let Memory::Extent(alias) = *from {
+                content.refer(i, alias);
             }
         }
-        taken
+        Self {
+            va,
+            len: from.len() as u32,
+            waiting: 0,
+            content,
+        }
     }
 
     /// The addresses of the run.
@@ -56,20 +50,17 @@ impl Taken {
         self.va + i * GRANULE
     }
 
-    /// What was behind granule `i`.
+    /// What was behind granule `i`, which still waits.
     pub fn from(&self, i: usize) -> Memory {
-        match self.dram & (1 << i) {
-            0 => Memory::Extent(self.alias[i]),
-            _ => Memory::Dram,
+        match self.content.is_ours(i) {
+            true => Memory::Dram,
+            false => Memory::Extent(self.content.granule(i)),
         }
     }
 
     /// Where the content of granule `i`, which still waits, is to be read.
     pub fn content(&self, i: usize) -> *const u8 {
-        match self.from(i) {
-            Memory::Extent(alias) => alias as *const u8,
-            Memory::Dram => self.staged.granule(i) as *const u8,
-        }
+        self.content.granule(i) as *const u8
     }
 
     /// The granules that are still behind their placeholders, as bits.
