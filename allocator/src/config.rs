@@ -28,6 +28,7 @@ const fn key(name: &'static str, values: &'static str, default: &'static str, he
 pub const KEYS: &[Key] = &[
     key("placement", "dram | dc | size[=BYTES] | interleave=N", "size=64K", "where allocations go"),
     key("on_exhausted", "dram | fail | wait=MS", "dram", "what an allocation does when no extent is left"),
+    key("dram_limit", "BYTES | none", "none", "DRAM that live data may be moved to under pressure"),
     key("decay", "MS", "250", "how long the engine keeps freed pages of extents"),
     key("return_after", "MS", "500", "how long an unused granule is kept before it goes back to the broker"),
     key("verbose", "true | false", "false", "whether the preloaded library may write to stderr"),
@@ -40,6 +41,8 @@ pub struct Config {
     pub placement: Placement,
     /// What happens when no extent is left.
     pub on_exhausted: OnExhausted,
+    /// Bytes of DRAM that granules may be moved to; `u64::MAX`: no limit.
+    pub dram_limit: u64,
     /// Milliseconds for which freed pages of extents stay with the engine.
     pub decay_ms: u32,
     /// Milliseconds for which an unused granule is kept.
@@ -53,6 +56,7 @@ impl Config {
     pub const DEFAULT: Self = Self {
         placement: Placement::Size(Placement::DEFAULT_THRESHOLD),
         on_exhausted: OnExhausted::Dram,
+        dram_limit: u64::MAX,
         decay_ms: 250,
         return_after_ms: 500,
         verbose: false,
@@ -73,6 +77,8 @@ impl Config {
         match name {
             "placement" => self.placement = placement(value).ok_or(bad(key.values))?,
             "on_exhausted" => self.on_exhausted = on_exhausted(value).ok_or(bad(key.values))?,
+            "dram_limit" if value == "none" => self.dram_limit = u64::MAX,
+            "dram_limit" => self.dram_limit = parse_size(value).ok_or(bad(key.values))? as u64,
             "decay" => self.decay_ms = value.parse().map_err(|_| bad(key.values))?,
             "return_after" => self.return_after_ms = value.parse().map_err(|_| bad(key.values))?,
             _ => self.verbose = value.parse().map_err(|_| bad(key.values))?,

@@ -6,9 +6,14 @@
 //!
 //! | registered | runs at prepare | does |
 //! |---|---|---|
-//! | last (`early`) | first | takes glibc's list of streams |
+//! | last (`early`) | first | moves the heap off extents, takes glibc's list of streams |
 //! | engine's | second | takes the engine's locks |
 //! | first (`late`) | last | takes the space's lock |
+//!
+//! Extents are shared mappings, which a child would write through into its
+//! parent's heap, so no child inherits them. Before a fork everything live on
+//! them is moved to DRAM, where the kernel's copy-on-write does the rest, and
+//! brought back afterwards.
 //!
 //! The list of streams: fork takes it itself, but after the handlers. A thread
 //! in fopen or fflush holds it and allocates, so an engine that locked first
@@ -62,6 +67,9 @@ fn heap() -> Option<&'static Heap> {
 }
 
 extern "C" fn early_prepare() {
+    if let Some(heap) = heap() {
+        heap.before_fork();
+    }
     // SAFETY: takes no arguments; released in the parent below, and in the
     // child by fork itself, which resets the lock there.
     unsafe { _IO_list_lock() };
@@ -70,6 +78,10 @@ extern "C" fn early_prepare() {
 extern "C" fn early_parent() {
     // SAFETY: this thread took it in `early_prepare`.
     unsafe { _IO_list_unlock() };
+    if let Some(heap) = heap() {
+        // SAFETY: this thread ran `early_prepare`.
+        unsafe { heap.in_parent() };
+    }
 }
 
 extern "C" fn late_prepare() {

@@ -20,6 +20,9 @@ use crate::space::{GRANULE, Space, Tier};
 use crate::stats::Stats;
 use crate::sync::{Lock, Signal};
 
+/// From so many bytes on a request makes sure that there are extents for it
+/// before it is made. Smaller ones take what is there, from the reserve.
+const CAREFUL_FROM: usize = GRANULE / 2;
 /// jemalloc's own default, for DRAM.
 const DRAM_DECAY_MS: isize = 10_000;
 /// How long an allocation waits for an answer of a source that has not said
@@ -51,12 +54,17 @@ pub struct Heap {
     hooks: OnceLock<[Hooks; 2]>,
     extra: Extra,
     config: OnceLock<Config>,
-    /// Requests below this many bytes go to the engine's automatic arenas.
+    /// Requests below this many bytes go to the engine's automatic arenas …
+    threshold: AtomicUsize,
+    /// … and below this, without looking whether there are extents for them.
     direct_below: AtomicUsize,
     service: Service,
     /// Raised when unused granules run short, or a thread waits for some.
     wanted: Signal,
     exhausted: AtomicU64,
+    evacuated: AtomicU64,
+    promoted: AtomicU64,
+    forks: Lock<()>,
     unknown_settings: AtomicU32,
 }
 
@@ -74,10 +82,14 @@ impl Heap {
             hooks: OnceLock::new(),
             extra: Extra::new(),
             config: OnceLock::new(),
+            threshold: AtomicUsize::new(usize::MAX),
             direct_below: AtomicUsize::new(usize::MAX),
             service: Service::new(),
             wanted: Signal::new(),
             exhausted: AtomicU64::new(0),
+            evacuated: AtomicU64::new(0),
+            promoted: AtomicU64::new(0),
+            forks: Lock::new(()),
             unknown_settings: AtomicU32::new(0),
         }
     }
@@ -97,8 +109,15 @@ impl Heap {
         let hooks = self.hooks.get_or_init(|| [hooks(Tier::Dram), hooks(Tier::Extent)]);
         let tier = config.placement.bound_tier();
         engine::take_over(&hooks[tier as usize], self.decay_ms(tier));
-        let direct = config.placement.direct_below();
-        self.direct_below.store(engine::whole_class(direct), Ordering::Release);
+        let threshold = engine::whole_class(config.placement.direct_below());
+        self.threshold.store(threshold, Ordering::Release);
+        let direct = match (tier, config.on_exhausted) {
+            (Tier::Dram, _) => threshold,
+            (Tier::Extent, OnExhausted::Dram) => CAREFUL_FROM,
+            // Every failure has to be caught.
+            (Tier::Extent, _) => 0,
+        };
+        self.direct_below.store(direct, Ordering::Release);
         fork::register_early(self);
         true
     }
@@ -149,7 +168,8 @@ impl Heap {
     }
 
     /// Requests of fewer bytes than this may go straight to [`engine::malloc`]:
-    /// it serves them from the right memory, and only a null needs this heap.
+    /// it serves them from the right memory, and does not fail for want of
+    /// extents.
     pub fn direct_below(&self) -> usize {
         self.direct_below.load(Ordering::Relaxed)
     }
@@ -216,40 +236,38 @@ impl Heap {
         if size > MAX_REQUEST {
             return core::ptr::null_mut();
         }
-        let config = self.config();
-        let direct = size < self.direct_below();
-        let arena = if direct { None } else { self.extra_arena() };
-        let ptr = attempt(arena);
-        let extents = !direct || config.placement.bound_tier() == Tier::Extent;
-        if ptr.is_null() && extents && self.is_started() {
-            return self.serve_short(size, config.on_exhausted, || attempt(arena));
+        let automatic = size < self.threshold.load(Ordering::Relaxed);
+        let arena = if automatic { None } else { self.extra_arena() };
+        let on_extents = !automatic || self.config().placement.bound_tier() == Tier::Extent;
+        if size < CAREFUL_FROM || !on_extents || !self.is_started() {
+            let ptr = attempt(arena);
+            if !ptr.is_null() || !on_extents {
+                return ptr;
+            }
         }
-        ptr
+        self.serve_short(size, || attempt(arena))
     }
 
+    /// Makes sure that there are extents before it tries.
     #[cold]
-    fn serve_short(&'static self, size: usize, policy: OnExhausted, attempt: impl Fn() -> *mut u8) -> *mut u8 {
+    fn serve_short(&'static self, size: usize, attempt: impl Fn() -> *mut u8) -> *mut u8 {
         let granules = size / GRANULE + 1;
+        let policy = self.config().on_exhausted;
         let patience = match policy {
             OnExhausted::Wait(ms) => Duration::from_millis(u64::from(ms)),
             _ => ANSWER_WITHIN,
         };
         let deadline = Instant::now() + patience;
-        loop {
-            if !self.space.has_room_for(granules) {
-                return core::ptr::null_mut();
-            }
+        while self.space.has_room_for(granules) {
             let left = deadline.saturating_duration_since(Instant::now());
             let more = self.wait_for_extents(granules, left);
             let ptr = attempt();
-            if !ptr.is_null() {
+            let waits = matches!(policy, OnExhausted::Wait(_));
+            if !ptr.is_null() || left.is_zero() || !(more || waits) {
                 return ptr;
             }
-            let waits = matches!(policy, OnExhausted::Wait(_));
-            if left.is_zero() || !(more || waits) {
-                return core::ptr::null_mut();
-            }
         }
+        core::ptr::null_mut()
     }
 
     /// Waits until `granules` are unused. `false`: there are no more for now
@@ -300,6 +318,8 @@ impl Heap {
             metadata: engine.metadata,
             arenas: (engine::automatic().count() + self.extra.made().count()) as u32,
             exhausted: self.exhausted.load(Ordering::Relaxed),
+            evacuated: self.evacuated.load(Ordering::Relaxed),
+            promoted: self.promoted.load(Ordering::Relaxed),
             unknown_settings: self.unknown_settings.load(Ordering::Relaxed),
             ..Stats::default()
         };
@@ -312,9 +332,41 @@ impl Heap {
         self.service.publish(self);
     }
 
+    /// Bytes of DRAM that granules may still move to.
+    pub(crate) fn dram_allowance(&self) -> u64 {
+        self.config().dram_limit.saturating_sub(self.space.usage().dram_held)
+    }
+
+    pub(crate) fn note_evacuated(&self, granules: usize) {
+        self.evacuated.fetch_add(granules as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn note_promoted(&self, granules: usize) {
+        self.promoted.fetch_add(granules as u64, Ordering::Relaxed);
+    }
+
+    /// Before a fork: all of the heap is made memory that a child inherits.
+    pub(crate) fn before_fork(&'static self) {
+        core::mem::forget(self.forks.lock());
+        self.service.stop(self);
+    }
+
+    /// After a fork, in the parent.
+    ///
+    /// # Safety
+    /// The calling thread called [`Heap::before_fork`].
+    pub(crate) unsafe fn in_parent(&'static self) {
+        self.service.resume(self);
+        // SAFETY: this thread took it in `before_fork`.
+        unsafe { self.forks.force_unlock() };
+    }
+
     /// In a forked child: its parent's service and leases are not its own.
     pub(crate) fn in_child(&self) {
         self.service.forget();
         self.space.disown_extents();
+        self.space.set_extents_closed(false);
+        // SAFETY: the copy of the thread that took it in `before_fork`.
+        unsafe { self.forks.force_unlock() };
     }
 }

@@ -15,6 +15,7 @@
 
 pub mod config;
 pub mod engine;
+mod evacuation;
 pub mod fork;
 mod global;
 pub mod heap;

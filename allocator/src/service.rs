@@ -6,15 +6,17 @@
 
 use core::ffi::c_void;
 use core::ptr::null_mut;
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use core::time::Duration;
 use rustix::io::Errno;
+use std::time::Instant;
 
 use crate::engine;
+use crate::evacuation::{BACK_PER_TICK, Evacuated, Evacuator};
 use crate::heap::Heap;
-use crate::source::{Event, ExtentSource, Recall, RecallOutcome, Refusal};
+use crate::source::{Event, ExtentSource, Ranges, Recall, RecallOutcome, Refusal};
 use crate::space::GRANULE;
-use crate::stats::Stats;
+use crate::stats::{Stalls, Stats};
 use crate::sync::{Lock, Signal};
 
 /// The clock of a busy heap, and of one in which nothing changes.
@@ -43,7 +45,22 @@ pub(crate) struct Service {
     grants: AtomicU64,
     returned: AtomicU64,
     recalled: [AtomicU64; 4],
+    /// `RUNNING`, or what a fork wants of the worker.
+    fork: AtomicU32,
+    /// Raised when `fork` changes.
+    forking: Signal,
+    /// Live granules can be moved.
+    moves: AtomicBool,
+    stalls: Lock<Stalls>,
 }
+
+/// Values of [`Service::fork`].
+const RUNNING: u32 = 0;
+const STOP: u32 = 1;
+const STOPPED: u32 = 2;
+/// A fork does not wait for longer than this for extents to be emptied: a GiB
+/// takes a second at worst.
+const FORK_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Service {
     pub(crate) const fn new() -> Self {
@@ -58,7 +75,58 @@ impl Service {
             grants: AtomicU64::new(0),
             returned: AtomicU64::new(0),
             recalled: [const { AtomicU64::new(0) }; 4],
+            fork: AtomicU32::new(RUNNING),
+            forking: Signal::new(),
+            moves: AtomicBool::new(false),
+            stalls: Lock::new(Stalls::NONE),
         }
+    }
+
+    /// Empties every extent of the heap into DRAM and holds the worker, so
+    /// that a child made now inherits all of the heap, and no granule in
+    /// flight. Until [`Service::resume`] new granules are DRAM.
+    pub(crate) fn stop(&self, heap: &Heap) {
+        if !self.is_running() || !self.moves.load(Ordering::Acquire) {
+            return;
+        }
+        heap.space().set_extents_closed(true);
+        self.fork.store(STOP, Ordering::Release);
+        heap.wanted().raise();
+        let deadline = Instant::now() + FORK_PATIENCE;
+        while self.fork.load(Ordering::Acquire) == STOP && self.is_running() {
+            let seen = self.forking.read();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.fork.load(Ordering::Acquire) != STOP || left.is_zero() {
+                break;
+            }
+            self.forking.wait(seen, left);
+        }
+    }
+
+    /// Ends what [`Service::stop`] began, in the parent.
+    pub(crate) fn resume(&self, heap: &Heap) {
+        self.fork.store(RUNNING, Ordering::Release);
+        self.forking.raise();
+        heap.space().set_extents_closed(false);
+    }
+
+    /// The worker's side of [`Service::stop`].
+    fn stand_still(&self, heap: &Heap, source: &dyn ExtentSource, evacuator: &mut Option<Evacuator>) -> bool {
+        if self.fork.load(Ordering::Acquire) != STOP {
+            return false;
+        }
+        if let Some(evacuator) = evacuator {
+            evacuator.clear(heap, source);
+        }
+        let _ = self.fork.compare_exchange(STOP, STOPPED, Ordering::AcqRel, Ordering::Relaxed);
+        self.forking.raise();
+        while self.fork.load(Ordering::Acquire) == STOPPED {
+            let seen = self.forking.read();
+            if self.fork.load(Ordering::Acquire) == STOPPED {
+                self.forking.wait(seen, TICK_QUIET);
+            }
+        }
+        true
     }
 
     /// Starts the threads and waits until the worker has the source's
@@ -66,7 +134,6 @@ impl Service {
     pub(crate) fn start(&self, heap: &'static Heap, source: &'static dyn ExtentSource) -> Result<(), Errno> {
         *self.source.lock() = Some(source);
         self.running.store(true, Ordering::Release);
-        heap.space().set_exhausted(false);
         let seen = self.adopted.read();
         if let Err(error) = spawn(worker, heap) {
             self.forget();
@@ -76,6 +143,9 @@ impl Service {
             self.adopted.wait(seen, Duration::from_secs(1));
         }
         source.thread_adopted();
+        // From here on nothing that the threads need can land on an extent.
+        heap.space().settle();
+        heap.space().set_exhausted(false);
         Ok(())
     }
 
@@ -101,6 +171,7 @@ impl Service {
         unsafe {
             self.source.force_unlock();
             self.recalls.force_unlock();
+            self.stalls.force_unlock();
         }
         *self.source.lock() = None;
     }
@@ -119,6 +190,8 @@ impl Service {
         stats.recall_asked = asked;
         stats.recall_returned = back;
         stats.recall_refused = refused;
+        stats.moves_live = self.moves.load(Ordering::Relaxed);
+        stats.stalls = *self.stalls.lock();
     }
 
     pub(crate) fn publish(&self, heap: &'static Heap) {
@@ -146,19 +219,33 @@ impl Service {
         bytes
     }
 
-    /// What is unused first, then what a purge of the engine empties.
-    fn answer(&self, heap: &Heap, source: &dyn ExtentSource, recall: &Recall) {
+    /// The chain: what is unused, what a purge of the engine empties, what can
+    /// be moved; the rest is refused.
+    fn answer(&self, heap: &Heap, source: &dyn ExtentSource, recall: &Recall, evacuator: &mut Option<Evacuator>) {
+        let until = Instant::now() + recall.deadline;
         let mut idle = self.give_back(heap, source, recall, 0);
         if idle < recall.bytes {
             heap.extent_arenas().for_each(engine::purge);
             let rest = Recall { bytes: recall.bytes - idle, ..*recall };
             idle += self.give_back(heap, source, &rest, 0);
         }
+        let mut moved = Evacuated { bytes: 0, stopped: Some(Refusal::CannotMove) };
+        if idle < recall.bytes
+            && let Some(evacuator) = evacuator
+        {
+            let rest = Recall { bytes: recall.bytes - idle, ..*recall };
+            moved = evacuator.recall(heap, source, &rest, until);
+            *self.stalls.lock() = evacuator.stalls();
+            // What became unused while others moved.
+            let rest = Recall { bytes: rest.bytes.saturating_sub(moved.bytes), ..rest };
+            idle += self.give_back(heap, source, &rest, 0);
+        }
         let held = heap.space().live_bytes_in(recall.ranges.as_slice());
-        let refused = held.min(recall.bytes.saturating_sub(idle));
-        let reason = (refused > 0).then_some(Refusal::CannotMove);
-        source.answer(recall.id, &RecallOutcome { idle, rebound: 0, refused, reason });
-        for (counter, value) in self.recalled.iter().zip([1, recall.bytes, idle, refused]) {
+        let refused = held.min(recall.bytes.saturating_sub(idle + moved.bytes));
+        let reason = if refused > 0 { moved.stopped.or(Some(Refusal::CannotMove)) } else { None };
+        source.answer(recall.id, &RecallOutcome { idle, rebound: moved.bytes, refused, reason });
+        let counted = [1, recall.bytes, idle + moved.bytes, refused];
+        for (counter, value) in self.recalled.iter().zip(counted) {
             counter.fetch_add(value, Ordering::Relaxed);
         }
     }
@@ -173,7 +260,8 @@ impl Service {
         let demand = self.demand.swap(0, Ordering::AcqRel);
         let short = demand.saturating_sub(heap.space().idle_granules());
         let reserve = reserve && !heap.space().is_exhausted();
-        let ask = short + if reserve { heap.space().short_of() } else { 0 };
+        let displaced = heap.space().displaced().min(BACK_PER_TICK);
+        let ask = short + if reserve { heap.space().short_of().max(displaced) } else { 0 };
         if ask == 0 {
             self.granted.raise();
         } else if self.asked.swap(true, Ordering::AcqRel) {
@@ -220,6 +308,8 @@ extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
     let Some(source) = service.source() else { return null_mut() };
     let _ = rustix::thread::set_name(c"dcmalloc");
     source.adopt_thread();
+    let mut evacuator = Evacuator::start(source);
+    service.moves.store(evacuator.is_some(), Ordering::Release);
     // Without it nothing would be heard; then the heap has no source.
     if spawn(listener, heap).is_err() {
         service.closed(heap);
@@ -229,20 +319,28 @@ extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
     let mut before = heap.space().usage();
     while service.is_running() {
         let seen = heap.wanted().read();
+        if service.stand_still(heap, source, &mut evacuator) {
+            restraint = RESTRAINT;
+        }
         service.ask(heap, source, restraint == 0);
         restraint = restraint.saturating_sub(1);
         while let Some(recall) = service.take_recall() {
-            service.answer(heap, source, &recall);
+            service.answer(heap, source, &recall, &mut evacuator);
             restraint = RESTRAINT;
         }
         heap.wanted().wait(seen, if quiet > 20 { TICK_QUIET } else { TICK });
         heap.space().tick();
         heap.extent_arenas().for_each(engine::decay);
+        if restraint == 0
+            && let Some(evacuator) = &mut evacuator
+        {
+            evacuator.bring_back(heap, source);
+        }
         let surplus = Recall {
             id: 0,
             bytes: (heap.space().surplus() * GRANULE) as u64,
             deadline: TICK,
-            ranges: crate::source::Ranges::EMPTY,
+            ranges: Ranges::EMPTY,
         };
         let min_age = heap.config().return_after_ms / TICK.as_millis() as u32;
         service.give_back(heap, source, &surplus, min_age);

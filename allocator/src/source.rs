@@ -9,6 +9,7 @@
 
 use crate::stats::Stats;
 use core::time::Duration;
+use std::os::fd::BorrowedFd;
 
 /// A run of granules in the window: both fields are bytes and multiples of
 /// [`GRANULE`](crate::space::GRANULE).
@@ -154,6 +155,13 @@ pub trait ExtentSource: Sync {
     /// Called after `adopt_thread`, on the thread that attached the source, to
     /// close there what the allocator's thread has now.
     fn thread_adopted(&self) {}
+
+    /// A descriptor of `/dev/userfaultfd`, where the source has one to lend: it
+    /// gives an unprivileged process the right to have the kernel's own
+    /// accesses wait (userfaultfd(2)). Asked for after `adopt_thread`.
+    fn userfaultfd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// What the heap looks like; now and then, and when the process ends.
     fn publish(&self, _stats: &Stats) {}

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::space::Usage;
+use crate::space::rebind::StallHistogram;
 
 /// A heap at one moment. All in bytes unless the name says otherwise.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,6 +30,14 @@ pub struct Stats {
     pub recall_returned: u64,
     /// Bytes that recalls did not get.
     pub recall_refused: u64,
+    /// Granules whose live content was moved off extents (a count).
+    pub evacuated: u64,
+    /// Granules that were moved onto extents (a count).
+    pub promoted: u64,
+    /// Live granules can be moved at all: there is a userfaultfd.
+    pub moves_live: bool,
+    /// How long threads waited for granules that moved.
+    pub stalls: Stalls,
     /// Times that an allocation found the source exhausted (a count).
     pub exhausted: u64,
     /// Settings that could not be read (a count).
@@ -41,5 +50,34 @@ impl Stats {
     pub fn extent_share_at_peak(&self) -> u64 {
         let peak = self.usage.live_peak + self.outside;
         (self.usage.extent_live_at_peak * 10_000).checked_div(peak).unwrap_or(0)
+    }
+}
+
+/// How long threads waited for granules that moved, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stalls {
+    /// How often one waited (a count).
+    pub count: u64,
+    /// The median wait.
+    pub p50: u64,
+    /// What 99 of 100 waits did not exceed.
+    pub p99: u64,
+    /// The longest wait.
+    pub max: u64,
+}
+
+impl Stalls {
+    /// None.
+    pub const NONE: Self = Self { count: 0, p50: 0, p99: 0, max: 0 };
+}
+
+impl From<&StallHistogram> for Stalls {
+    fn from(histogram: &StallHistogram) -> Self {
+        Self {
+            count: histogram.count(),
+            p50: histogram.percentile(0.5),
+            p99: histogram.percentile(0.99),
+            max: histogram.max(),
+        }
     }
 }

@@ -9,13 +9,13 @@
 use core::ffi::CStr;
 use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use allocator::source::{Event, ExtentSource, Ranges, Recall, RecallOutcome, Refusal, WindowRange};
 use allocator::space::keep_private;
 use allocator::stats::Stats;
 use dax_backend::broker::client::{ConnectError, RecallOutcome as WireOutcome, Welcome};
-use dax_backend::broker::client_page::{DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED};
+use dax_backend::broker::client_page::{DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND};
 use dax_backend::broker::protocol::{RefusalReason, WindowRange as WireRange};
 use dax_backend::broker::{BrokerClient, ClientPageMapping, FromBroker};
 use rustix::io::Errno;
@@ -26,6 +26,7 @@ pub struct BrokerSource {
     client: BrokerClient,
     page: ClientPageMapping,
     window: (usize, usize),
+    userfaultfd: Option<OwnedFd>,
     lost: AtomicU64,
 }
 
@@ -54,7 +55,8 @@ impl BrokerSource {
         let window = map_window(&welcome).map_err(SourceError::Window)?;
         let page = welcome.page;
         page.pid.store(u64::from(std::process::id()), Ordering::Relaxed);
-        Ok(Self { client, page, window, lost: AtomicU64::new(0) })
+        let userfaultfd = welcome.userfaultfd;
+        Ok(Self { client, page, window, userfaultfd, lost: AtomicU64::new(0) })
     }
 }
 
@@ -87,13 +89,21 @@ impl ExtentSource for BrokerSource {
     }
 
     fn adopt_thread(&self) {
-        own_table(self.client.fd().as_raw_fd());
+        let socket = self.client.fd().as_raw_fd();
+        own_table(socket, self.userfaultfd.as_ref().map_or(socket, AsRawFd::as_raw_fd));
     }
 
     fn thread_adopted(&self) {
-        // SAFETY: this closes the number in the caller's table only; the
-        // worker, which alone uses it from now on, has it in its own.
-        unsafe { rustix::io::close(self.client.fd().as_raw_fd()) };
+        let ours = [Some(self.client.fd()), self.userfaultfd()];
+        for descriptor in ours.into_iter().flatten() {
+            // SAFETY: this closes the number in the caller's table only; the
+            // worker, which alone uses it from now on, has it in its own.
+            unsafe { rustix::io::close(descriptor.as_raw_fd()) };
+        }
+    }
+
+    fn userfaultfd(&self) -> Option<BorrowedFd<'_>> {
+        self.userfaultfd.as_ref().map(AsFd::as_fd)
     }
 
     fn request(&self, bytes: u64) -> bool {
@@ -140,6 +150,7 @@ impl ExtentSource for BrokerSource {
         let usage = stats.usage;
         let degraded = [
             (stats.exhausted > 0, DEGRADED_EXHAUSTED),
+            (!stats.moves_live, DEGRADED_NO_REBIND),
             (stats.unknown_settings > 0, DEGRADED_CONFIG),
             (self.lost.load(Ordering::Relaxed) > 0, DEGRADED_DISCONNECTED),
         ];
@@ -164,6 +175,9 @@ impl ExtentSource for BrokerSource {
             (&page.recall_bytes_asked, stats.recall_asked),
             (&page.recall_bytes_returned, stats.recall_returned),
             (&page.recall_bytes_refused, stats.recall_refused),
+            (&page.evacuated_granules, stats.evacuated),
+            (&page.promoted_granules, stats.promoted),
+            (&page.move_stall_max_ns, stats.stalls.max),
             (&page.exhausted_count, stats.exhausted),
             (&page.config_unknown_keys, u64::from(stats.unknown_settings)),
             (&page.arenas, u64::from(stats.arenas)),
@@ -196,16 +210,20 @@ fn from_wire(wire: &[WireRange]) -> Ranges {
 }
 
 /// Gives the calling thread a descriptor table of its own that holds nothing
-/// but `keep` (close_range(2) with `CLOSE_RANGE_UNSHARE`, Linux 5.9). Where
-/// that is refused the thread stays in the program's table.
-fn own_table(keep: RawFd) {
+/// but two descriptors (close_range(2) with `CLOSE_RANGE_UNSHARE`, Linux 5.9).
+/// Where that is refused the thread stays in the program's table.
+fn own_table(a: RawFd, b: RawFd) {
     const CLOSE_RANGE_UNSHARE: libc::c_uint = 2;
-    let keep = keep as libc::c_uint;
-    // SAFETY: closes descriptors in a table that only this thread sees once
-    // the first call has unshared it; threads it starts later share it.
-    unsafe {
-        if libc::syscall(libc::SYS_close_range, keep + 1, libc::c_uint::MAX, CLOSE_RANGE_UNSHARE) == 0 && keep > 0 {
-            libc::syscall(libc::SYS_close_range, 0, keep - 1, 0);
+    let (low, high) = (a.min(b) as libc::c_uint, a.max(b) as libc::c_uint);
+    let close = |first: libc::c_uint, last: libc::c_uint, flags: libc::c_uint| {
+        // SAFETY: closes descriptors in a table that only this thread sees once
+        // the first call has unshared it; threads it starts later share it.
+        first > last || unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) } == 0
+    };
+    if close(high + 1, libc::c_uint::MAX, CLOSE_RANGE_UNSHARE) {
+        close(low + 1, high.saturating_sub(1), 0);
+        if low > 0 {
+            close(0, low - 1, 0);
         }
     }
 }

@@ -47,6 +47,10 @@ pub(super) struct Granule {
     pub(super) tier: Tier,
     /// A rebind is under way: no page of it is handed out meanwhile.
     pub(super) in_flight: bool,
+    /// It could not be moved; not tried again before the next recall.
+    pub(super) refused: bool,
+    /// In DRAM because the placement wants it so, not for want of extents.
+    pub(super) by_choice: bool,
     /// When it became empty, in ticks of the service; for its return.
     pub(super) idle_since: u32,
 }
@@ -58,6 +62,8 @@ impl Granule {
         backing: Backing::None,
         tier: Tier::Dram,
         in_flight: false,
+        refused: false,
+        by_choice: false,
         idle_since: 0,
     };
 

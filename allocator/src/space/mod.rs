@@ -16,8 +16,10 @@
 
 mod granule;
 mod map;
+mod moving;
 mod pagemap;
 mod pool;
+pub mod rebind;
 mod table;
 
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -25,6 +27,7 @@ use rustix::io::Errno;
 
 pub use granule::{Backing, GRANULE, PAGE, PAGES_PER_GRANULE, Tier};
 pub use map::keep_private;
+pub use moving::{Ended, Leaving, Move};
 pub use pagemap::PageMap;
 
 use crate::source::{Ranges, WindowRange};
@@ -42,12 +45,6 @@ const RESERVE_MIN: usize = 64 << 20;
 const FINE: u8 = 0;
 const SHORT: u8 = 1;
 const TOLD: u8 = 2;
-
-/// Of so many held granules, how many should be unused so that the hooks find
-/// one without waiting: a sixteenth, for small heaps one.
-fn reserve_of(held: usize) -> usize {
-    (held / 16).clamp(1, 32)
-}
 
 /// What the space holds, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -111,7 +108,7 @@ pub struct Space {
     state: Lock<State>,
     /// The lender has no more: take DRAM instead of failing, if allowed.
     exhausted: AtomicBool,
-    /// Whether `exhausted` may be answered with DRAM.
+    /// Whether DRAM is taken where no lent granule is unused.
     dram_when_exhausted: AtomicBool,
     /// Whether unused granules are short: `FINE`, `SHORT` or `TOLD`.
     low: AtomicU8,
@@ -187,7 +184,7 @@ impl Space {
         Ok(())
     }
 
-    /// Sets what happens when the lender has no more: DRAM, or failure.
+    /// Sets what happens when no lent granule is unused: DRAM, or failure.
     pub fn set_dram_when_exhausted(&self, yes: bool) {
         self.dram_when_exhausted.store(yes, Ordering::Relaxed);
     }
@@ -200,6 +197,11 @@ impl Space {
     /// Says whether the lender has more to give.
     pub fn set_exhausted(&self, yes: bool) {
         self.exhausted.store(yes, Ordering::Release);
+    }
+
+    /// Makes every new granule DRAM, whatever the tier, while set.
+    pub fn set_extents_closed(&self, yes: bool) {
+        self.state.lock().extents_closed = yes;
     }
 
     /// Whether the lender said that it has no more.
@@ -239,8 +241,7 @@ impl Space {
         {
             return Some(run);
         }
-        let dram_allowed =
-            self.is_exhausted() && self.dram_when_exhausted.load(Ordering::Relaxed);
+        let dram_allowed = state.extents_closed || self.dram_when_exhausted.load(Ordering::Relaxed);
         let run = state.alloc_across(tier, pages, align.max(GRANULE) / GRANULE, dram_allowed);
         if state.short_of() > 0 {
             let _ = self.low.compare_exchange(FINE, SHORT, Ordering::Relaxed, Ordering::Relaxed);
@@ -328,9 +329,7 @@ impl Space {
 
     /// Unused granules above what should be kept.
     pub fn surplus(&self) -> usize {
-        let usage = self.state.lock().usage;
-        let [held, idle] = [usage.extent_held, usage.idle].map(|bytes| bytes as usize / GRANULE);
-        idle.saturating_sub(reserve_of(held - idle))
+        self.state.lock().surplus()
     }
 
     /// Leased granules that nothing uses, mapped or not.
@@ -342,6 +341,7 @@ impl Space {
     pub fn tick(&self) {
         let mut state = self.state.lock();
         state.tick = state.tick.wrapping_add(1);
+        state.relax();
     }
 
     /// Takes up to `granules` unused ones out of the space, to be given back:

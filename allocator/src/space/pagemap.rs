@@ -15,6 +15,11 @@ impl PageMap {
     /// All 512 pages.
     pub const FULL: Self = Self([u64::MAX; WORDS]);
 
+    /// The set whose raw words are these.
+    pub fn from_words(words: [u64; WORDS]) -> Self {
+        Self(words)
+    }
+
     /// The raw words, page 0 in bit 0 of word 0.
     pub fn words(&self) -> &[u64; WORDS] {
         &self.0

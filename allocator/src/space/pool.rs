@@ -76,6 +76,26 @@ impl Pool {
         Some(((index * 64 + bit) * GRANULE) as u64)
     }
 
+    /// Takes the first granule that is not inside `recalled`; any inside it
+    /// (all, if that is empty) stays.
+    pub(super) fn take_outside(&mut self, recalled: &[WindowRange]) -> Option<u64> {
+        if recalled.is_empty() {
+            return None;
+        }
+        let mut index = self.first * 64;
+        while index < self.len * 64 {
+            let (word, bit) = (index / 64, 1u64 << (index % 64));
+            let offset = (index * GRANULE) as u64;
+            if self.words()[word] & bit != 0 && !wants(recalled, offset) {
+                self.words()[word] &= !bit;
+                self.count -= 1;
+                return Some(offset);
+            }
+            index += 1;
+        }
+        None
+    }
+
     /// Takes up to `granules` of those inside `wanted` (all, if that is
     /// empty) and adds them to `out` as far as it has room.
     pub(super) fn drain(&mut self, granules: usize, wanted: &[WindowRange], out: &mut Ranges) -> usize {

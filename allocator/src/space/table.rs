@@ -8,6 +8,10 @@ use super::{Run, Usage};
 /// Free runs of 1, 2, 4 … 512 pages have a hint each.
 const HINTS: usize = 10;
 
+/// Bounds of the reserve, in granules.
+const RESERVE_MIN: usize = 2;
+const RESERVE_MAX: usize = 32;
+
 pub(super) struct State {
     base: usize,
     /// Entries of the table.
@@ -28,6 +32,10 @@ pub(super) struct State {
     /// (placement `interleave`); 0: none.
     pub(super) dram_every: u32,
     interleaved: u32,
+    /// A fork is near: new granules are DRAM.
+    pub(super) extents_closed: bool,
+    reserve_min: usize,
+    missed_at: u32,
     pub(super) tick: u32,
     /// The tick at which granules were last lent: the age of the pool.
     pub(super) lent_at: u32,
@@ -50,6 +58,9 @@ impl State {
         usage: Usage::NEW,
         dram_every: 0,
         interleaved: 0,
+        extents_closed: false,
+        reserve_min: RESERVE_MIN,
+        missed_at: 0,
         tick: 0,
         lent_at: 0,
     };
@@ -212,10 +223,39 @@ impl State {
         None
     }
 
+    /// How many granules should be unused, so that the hooks find one without
+    /// waiting: a sixteenth of those in use, and at least what has turned out
+    /// to be needed while more was on its way.
+    fn reserve(&self) -> usize {
+        let used = (self.usage.extent_held - self.usage.idle) as usize / GRANULE;
+        (used / 16).max(self.reserve_min.min(used / 8 + RESERVE_MIN)).min(RESERVE_MAX)
+    }
+
+    fn idle(&self) -> usize {
+        self.usage.idle as usize / GRANULE
+    }
+
     /// How many unused granules are missing from the reserve.
     pub(super) fn short_of(&self) -> usize {
-        let [held, idle] = [self.usage.extent_held, self.usage.idle].map(|bytes| bytes as usize / GRANULE);
-        super::reserve_of(held - idle).saturating_sub(idle)
+        self.reserve().saturating_sub(self.idle())
+    }
+
+    /// How many unused granules there are beyond the reserve.
+    pub(super) fn surplus(&self) -> usize {
+        self.idle().saturating_sub(self.reserve())
+    }
+
+    /// An allocation found nothing unused: next time, have more ready.
+    fn note_miss(&mut self) {
+        self.reserve_min = (self.reserve_min * 2).min(RESERVE_MAX);
+        self.missed_at = self.tick;
+    }
+
+    /// Lets the reserve shrink again where a second has gone without a miss.
+    pub(super) fn relax(&mut self) {
+        if self.reserve_min > RESERVE_MIN && self.tick.wrapping_sub(self.missed_at) > 20 {
+            self.reserve_min -= 1;
+        }
     }
 
     /// Puts memory behind a bare granule. `false`: nothing lent is left, or
@@ -226,7 +266,11 @@ impl State {
             self.interleaved.is_multiple_of(self.dram_every)
         };
         let at = self.addr(index);
-        let offset = if tier == Tier::Extent && !by_choice { self.pool.take() } else { None };
+        let lent = tier == Tier::Extent && !by_choice && !self.extents_closed;
+        let offset = if lent { self.pool.take() } else { None };
+        if lent && offset.is_none() {
+            self.note_miss();
+        }
         let backing = match offset {
             Some(offset) => {
                 // SAFETY: a bare granule, and an offset that `lend` found to
@@ -247,7 +291,8 @@ impl State {
                 Backing::Dram
             }
         };
-        *self.granule_mut(index) = Granule { backing, tier, idle_since: self.tick, ..Granule::NEW };
+        *self.granule_mut(index) = 
+            Granule { backing, tier, by_choice, idle_since: self.tick, ..Granule::NEW };
         self.set_gap(index);
         true
     }

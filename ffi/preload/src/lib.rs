@@ -14,9 +14,9 @@
 //! or writes to stderr unless `verbose:true`. dlclose(3) leaves the library in
 //! place (`-z nodelete`): memory that it gave out outlives any handle.
 
-mod introspect;
-mod jemalloc;
-mod standard;
+pub mod introspect;
+pub mod jemalloc;
+pub mod standard;
 
 use dcmalloc::process;
 
@@ -33,6 +33,7 @@ static END: extern "C" fn() = end;
 
 extern "C" fn start() {
     standard::keep_errno(process::start);
+    standard::started();
 }
 
 extern "C" fn end() {

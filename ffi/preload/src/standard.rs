@@ -8,6 +8,7 @@ use allocator::engine;
 use allocator::space::PAGE;
 use core::ffi::{c_int, c_void};
 use core::ptr::null_mut;
+use core::sync::atomic::{AtomicUsize, Ordering};
 use dcmalloc::process::HEAP;
 
 /// Alignment of `max_align_t`: what every block of 16 bytes or more has.
@@ -43,15 +44,44 @@ fn allocate(size: usize, align: usize, zero: bool) -> *mut c_void {
     or_enomem(keep_errno(|| HEAP.allocate(size, align, zero)))
 }
 
-/// malloc(3).
+/// Requests of fewer bytes are the engine's alone: [`allocator::Heap::direct_below`],
+/// in a place of its own that the fast path reaches with one instruction.
+static DIRECT_BELOW: AtomicUsize = AtomicUsize::new(usize::MAX);
+
+/// Takes over what the heap says once it has started.
+pub(crate) fn started() {
+    DIRECT_BELOW.store(HEAP.direct_below(), Ordering::Relaxed);
+}
+
+/// malloc(3). Naked: what the compiler makes of the three lines of Rust saves a
+/// register and jumps through the global offset table, which costs 1.1 ns of a
+/// pair of 6.5 (jemalloc's own library takes 5.4).
+#[cfg(target_arch = "x86_64")]
+#[unsafe(naked)]
 #[unsafe(no_mangle)]
 pub extern "C" fn malloc(size: usize) -> *mut c_void {
-    if size < HEAP.direct_below() {
-        let ptr = engine::malloc(size);
-        if !ptr.is_null() {
-            return ptr.cast();
-        }
+    core::arch::naked_asm!(
+        "cmp rdi, qword ptr [rip + {direct_below}]",
+        "jae {slow}",
+        "jmp {engine}",
+        direct_below = sym DIRECT_BELOW,
+        slow = sym malloc_slow,
+        engine = sym tikv_jemalloc_sys::malloc,
+    )
+}
+
+/// malloc(3).
+#[cfg(not(target_arch = "x86_64"))]
+#[unsafe(no_mangle)]
+pub extern "C" fn malloc(size: usize) -> *mut c_void {
+    if size < DIRECT_BELOW.load(Ordering::Relaxed) {
+        return engine::malloc(size).cast();
     }
+    malloc_slow(size)
+}
+
+#[cold]
+extern "C" fn malloc_slow(size: usize) -> *mut c_void {
     allocate(size, NATURAL, false)
 }
 
@@ -59,11 +89,8 @@ pub extern "C" fn malloc(size: usize) -> *mut c_void {
 #[unsafe(no_mangle)]
 pub extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
     let Some(total) = count.checked_mul(size) else { return or_enomem(null_mut()) };
-    if total < HEAP.direct_below() {
-        let ptr = engine::calloc(total);
-        if !ptr.is_null() {
-            return ptr.cast();
-        }
+    if total < DIRECT_BELOW.load(Ordering::Relaxed) {
+        return engine::calloc(total).cast();
     }
     allocate(total, NATURAL, true)
 }
@@ -99,10 +126,22 @@ pub unsafe extern "C" fn reallocarray(ptr: *mut c_void, count: usize, size: usiz
     }
 }
 
+/// free(3). Naked for the same reason as [`malloc`].
+///
+/// # Safety
+/// `ptr` is null, or live and from this library.
+#[cfg(target_arch = "x86_64")]
+#[unsafe(naked)]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn free(ptr: *mut c_void) {
+    core::arch::naked_asm!("jmp {}", sym tikv_jemalloc_sys::free)
+}
+
 /// free(3).
 ///
 /// # Safety
 /// `ptr` is null, or live and from this library.
+#[cfg(not(target_arch = "x86_64"))]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn free(ptr: *mut c_void) {
     // SAFETY: the caller's promise.

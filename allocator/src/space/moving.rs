@@ -1,0 +1,274 @@
+//! Granules on the move: which ones, where to, and the books before and after.
+//!
+//! While a granule is in flight nothing of it is handed out, so what was live
+//! when it was picked is all that can hold something; what is freed meanwhile
+//! is copied for nothing, and booked out as ever.
+
+use super::granule::{Backing, GRANULE, PAGE, Tier};
+use super::pagemap::PageMap;
+use super::pool::wants;
+use super::rebind::{LivePages, Memory, RUN, Step};
+use super::table::State;
+use super::{Space, map};
+use crate::source::{Ranges, WindowRange};
+
+/// Neighbouring granules that have been picked, and where each is to go.
+/// To be ended with [`Space::end_move`].
+pub struct Move {
+    index: usize,
+    len: usize,
+    addr: usize,
+    window: usize,
+    from: [Backing; RUN],
+    to: [Backing; RUN],
+    live: [LivePages; RUN],
+}
+
+impl Move {
+    /// The address of the first granule.
+    pub fn addr(&self) -> usize {
+        self.addr
+    }
+
+    /// How many granules.
+    pub fn granules(&self) -> usize {
+        self.len
+    }
+
+    /// Calls `f` with the steps of the rebind.
+    pub fn with_steps<T>(&self, f: impl FnOnce(&[Step<'_>]) -> T) -> T {
+        let memory = |backing| match backing {
+            Backing::Extent(offset) => Memory::Extent(self.window + offset as usize),
+            _ => Memory::Dram,
+        };
+        let steps: [Step<'_>; RUN] = core::array::from_fn(|i| Step {
+            from: memory(self.from[i]),
+            to: memory(self.to[i]),
+            live: &self.live[i],
+        });
+        f(&steps[..self.len])
+    }
+}
+
+/// What granules may be picked to leave their extents.
+#[derive(Clone, Copy, Debug)]
+pub struct Leaving<'a> {
+    /// Those inside these ranges; any, if empty.
+    pub wanted: &'a [WindowRange],
+    /// At most so many.
+    pub granules: usize,
+    /// Other extents may be taken for them.
+    pub to_extents: bool,
+    /// DRAM that may be taken for them, in bytes.
+    pub dram: u64,
+}
+
+/// What came of a move.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// Extents that are free now, to be given back.
+    pub freed: Ranges,
+    /// Granules that moved.
+    pub moved: usize,
+}
+
+impl Space {
+    /// Picks granules to leave their extents: the one with the least live
+    /// pages, and neighbours that may leave too. `None`: none may.
+    pub fn pick_leaving(&self, leaving: Leaving<'_>) -> Option<Move> {
+        let mut state = self.state.lock();
+        let may = |state: &State, index: usize| {
+            index < state.high && {
+                let granule = state.granule(index);
+                !granule.in_flight
+                    && !granule.refused
+                    && !granule.live.is_empty()
+                    && matches!(granule.backing, Backing::Extent(o) if wants(leaving.wanted, o))
+            }
+        };
+        let least = |&index: &usize| state.granule(index).live.count();
+        let first = (0..state.high).filter(|&index| may(&state, index)).min_by_key(least)?;
+        let mut picked = state.new_move(first);
+        let mut dram = leaving.dram;
+        while picked.len < RUN.min(leaving.granules) && may(&state, first + picked.len) {
+            let other = if leaving.to_extents { state.pool.take_outside(leaving.wanted) } else { None };
+            let to = match other {
+                Some(offset) => {
+                    state.usage.idle -= GRANULE as u64;
+                    Backing::Extent(offset)
+                }
+                None if dram >= GRANULE as u64 => {
+                    dram -= GRANULE as u64;
+                    Backing::Dram
+                }
+                None => break,
+            };
+            state.depart(&mut picked, to);
+        }
+        (picked.len > 0).then_some(picked)
+    }
+
+    /// Picks granules that are in DRAM for want of extents, to go to unused
+    /// ones. `None`: there are none of the one or of the other.
+    pub fn pick_returning(&self, granules: usize) -> Option<Move> {
+        let mut state = self.state.lock();
+        let may = |state: &State, index: usize| {
+            index < state.high && {
+                let granule = state.granule(index);
+                granule.tier == Tier::Extent
+                    && granule.backing == Backing::Dram
+                    && !(granule.in_flight || granule.refused || granule.by_choice)
+            }
+        };
+        let first = (0..state.high).find(|&index| may(&state, index))?;
+        let mut picked = state.new_move(first);
+        while picked.len < RUN.min(granules) && may(&state, first + picked.len) {
+            let Some(offset) = state.pool.take() else { break };
+            state.usage.idle -= GRANULE as u64;
+            state.depart(&mut picked, Backing::Extent(offset));
+        }
+        (picked.len > 0).then_some(picked)
+    }
+
+    /// Granules in DRAM for want of extents.
+    pub fn displaced(&self) -> usize {
+        let state = self.state.lock();
+        let displaced = |&index: &usize| {
+            let granule = state.granule(index);
+            granule.tier == Tier::Extent && granule.backing == Backing::Dram && !granule.by_choice
+        };
+        (0..state.high).filter(displaced).count()
+    }
+
+    /// Books a move that is done; bit `i` of `stayed` says that granule `i`
+    /// has its old backing still.
+    pub fn end_move(&self, ended: Move, stayed: u32) -> Ended {
+        let mut state = self.state.lock();
+        let mut result = Ended { freed: Ranges::EMPTY, moved: 0 };
+        for i in 0..ended.len {
+            let arrived = stayed & (1 << i) == 0;
+            result.moved += usize::from(arrived);
+            if let Some(offset) = state.arrive(&ended, i, arrived) {
+                result.freed.push(WindowRange { offset, len: GRANULE as u64 });
+            }
+        }
+        result
+    }
+
+    /// Lets granules be picked again that once could not be moved.
+    pub fn forgive(&self) {
+        let mut state = self.state.lock();
+        for index in 0..state.high {
+            state.granule_mut(index).refused = false;
+        }
+    }
+
+    /// Whether a granule on an extent is in flight or holds something live.
+    pub fn extents_in_use(&self) -> bool {
+        let state = self.state.lock();
+        (0..state.high).any(|index| {
+            let granule = state.granule(index);
+            granule.in_flight || (matches!(granule.backing, Backing::Extent(_)) && !granule.live.is_empty())
+        })
+    }
+
+    /// Gives what was allocated before there was a source to the DRAM tier:
+    /// the stacks and tables of the heap's own threads are among it, and must
+    /// never be behind a placeholder.
+    pub fn settle(&self) {
+        let mut state = self.state.lock();
+        for index in 0..state.high {
+            state.granule_mut(index).tier = Tier::Dram;
+            state.set_gap(index);
+        }
+    }
+}
+
+impl State {
+    fn new_move(&self, index: usize) -> Move {
+        Move {
+            index,
+            len: 0,
+            addr: self.addr(index),
+            window: self.window,
+            from: [Backing::None; RUN],
+            to: [Backing::None; RUN],
+            live: [LivePages([0; 8]); RUN],
+        }
+    }
+
+    /// Adds the next granule to a move.
+    fn depart(&mut self, picked: &mut Move, to: Backing) {
+        let (index, i) = (picked.index + picked.len, picked.len);
+        let granule = self.granule_mut(index);
+        granule.in_flight = true;
+        picked.from[i] = granule.backing;
+        picked.to[i] = to;
+        picked.live[i] = LivePages(*granule.live.words());
+        picked.len += 1;
+        self.set_gap(index);
+    }
+
+    /// Books granule `i` of a move as where it is now; what it freed.
+    fn arrive(&mut self, ended: &Move, i: usize, moved: bool) -> Option<u64> {
+        let (index, at) = (ended.index + i, ended.addr + i * GRANULE);
+        let (now, other) = if moved { (ended.to[i], ended.from[i]) } else { (ended.from[i], ended.to[i]) };
+        let granule = self.granule_mut(index);
+        granule.in_flight = false;
+        granule.refused = !moved;
+        granule.backing = now;
+        if moved {
+            // Only what was live was copied, and the rest is as new, or was
+            // zeroed by the lender.
+            granule.dirty = PageMap::from_words(ended.live[i].0);
+        }
+        let live = u64::from(granule.live.count()) * PAGE as u64;
+        let whole = GRANULE as u64;
+        let (was_extent, is_extent) =
+            (matches!(ended.from[i], Backing::Extent(_)), matches!(now, Backing::Extent(_)));
+        if was_extent && !is_extent {
+            self.usage.extent_live -= live;
+            self.usage.dram_live += live;
+            self.usage.dram_held += whole;
+        } else if !was_extent && is_extent {
+            self.usage.dram_live -= live;
+            self.usage.extent_live += live;
+            self.usage.dram_held -= whole;
+        }
+        if live == 0 {
+            self.emptied_in_flight(index, at);
+        }
+        self.usage.note_peaks();
+        self.set_gap(index);
+        match other {
+            // An extent that was meant for it, and is unused still.
+            Backing::Extent(offset) if !moved => {
+                self.pool.put(offset);
+                self.usage.idle += whole;
+                None
+            }
+            Backing::Extent(offset) => {
+                self.usage.extent_held -= whole;
+                Some(offset)
+            }
+            _ => None,
+        }
+    }
+
+    /// What `free_within` puts off while a granule is in flight.
+    fn emptied_in_flight(&mut self, index: usize, at: usize) {
+        match self.granule(index).backing {
+            Backing::Extent(_) => {
+                let tick = self.tick;
+                self.granule_mut(index).idle_since = tick;
+                self.usage.idle += GRANULE as u64;
+            }
+            // SAFETY: nothing of it is live.
+            Backing::Dram if unsafe { map::unback(at, GRANULE) }.is_ok() => {
+                self.granule_mut(index).backing = Backing::None;
+                self.usage.dram_held -= GRANULE as u64;
+            }
+            _ => {}
+        }
+    }
+}
