@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod broker;
 mod demo;
 mod packages;
 mod process;

@@ -3,10 +3,11 @@
 use std::io::{ErrorKind, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 /// What came of a run.
@@ -42,7 +43,12 @@ pub(crate) struct Background {
     output: Option<(Reader, Reader)>,
 }
 
-type Reader = thread::JoinHandle<String>;
+/// Collects what comes out of a pipe.
+#[derive(Debug)]
+struct Reader {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    thread: thread::JoinHandle<()>,
+}
 
 impl Background {
     /// Starts `command` with captured output and no input.
@@ -54,12 +60,41 @@ impl Background {
             .process_group(0)
             .spawn()
             .with_context(|| format!("can't start {}", command.get_program().display()))?;
-        let stdout = collect(child.stdout.take().context("no stdout")?);
-        let stderr = collect(child.stderr.take().context("no stderr")?);
+        let stdout = Reader::start(child.stdout.take().context("no stdout")?);
+        let stderr = Reader::start(child.stderr.take().context("no stderr")?);
         Ok(Self {
             child,
             output: Some((stdout, stderr)),
         })
+    }
+
+    /// What it has written to stdout until now.
+    pub(crate) fn stdout_so_far(&self) -> String {
+        self.output
+            .as_ref()
+            .map_or_else(String::new, |(stdout, _)| stdout.so_far())
+    }
+
+    /// Waits until `text` is on its stdout, at most `limit`.
+    pub(crate) fn wait_for(&mut self, text: &str, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        while !self.stdout_so_far().contains(text) {
+            ensure!(
+                !self.has_ended()?,
+                "the program ended without saying {text:?}"
+            );
+            ensure!(
+                Instant::now() < deadline,
+                "{text:?} did not appear within {limit:?}"
+            );
+            thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Whether it has ended.
@@ -87,8 +122,8 @@ impl Background {
         let (stdout, stderr) = self.output.take().context("output taken twice")?;
         Ok(Finished {
             status,
-            stdout: stdout.join().unwrap_or_default(),
-            stderr: stderr.join().unwrap_or_default(),
+            stdout: stdout.finish(),
+            stderr: stderr.finish(),
             timed_out,
         })
     }
@@ -123,20 +158,36 @@ pub(crate) fn run_visibly(command: &mut Command) -> Result<bool> {
     Ok(status.success())
 }
 
-fn collect(mut pipe: impl Read + Send + 'static) -> Reader {
-    thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let mut chunk = [0; 65536];
-        loop {
-            match pipe.read(&mut chunk) {
-                Ok(0) => break,
-                Ok(n) => bytes.extend_from_slice(&chunk[..n]),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => break,
+impl Reader {
+    fn start(mut pipe: impl Read + Send + 'static) -> Self {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let collected = Arc::clone(&bytes);
+        let thread = thread::spawn(move || {
+            let mut chunk = [0; 65536];
+            loop {
+                match pipe.read(&mut chunk) {
+                    Ok(0) => break,
+                    Ok(n) => lock(&collected).extend_from_slice(&chunk[..n]),
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(_) => break,
+                }
             }
-        }
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
+        });
+        Self { bytes, thread }
+    }
+
+    fn so_far(&self) -> String {
+        String::from_utf8_lossy(&lock(&self.bytes)).into_owned()
+    }
+
+    fn finish(self) -> String {
+        let _ = self.thread.join();
+        String::from_utf8_lossy(&lock(&self.bytes)).into_owned()
+    }
+}
+
+fn lock(bytes: &Mutex<Vec<u8>>) -> MutexGuard<'_, Vec<u8>> {
+    bytes.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ pub(crate) mod build;
 mod capacity;
 mod clippy;
 mod conformance;
+mod crash;
 mod docs;
 mod format;
 mod programs;
@@ -66,8 +67,13 @@ pub(crate) const ALL: &[Rung] = &[
     },
     Rung {
         name: "capacity",
-        shows: "freed capacity comes back while the program sleeps",
+        shows: "offers become memory at once, freed memory becomes capacity by itself",
         run: capacity::run,
+    },
+    Rung {
+        name: "crash",
+        shows: "kill -9 leaves no lease, no byte, no process and no socket",
+        run: crash::run,
     },
     Rung {
         name: "speed",

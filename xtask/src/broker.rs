@@ -1,0 +1,88 @@
+//! A broker over a software device of its own, for as long as the value lives.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::process::{self, Background};
+use crate::workspace;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// `dcm serve` in the background.
+#[derive(Debug)]
+pub(crate) struct Broker {
+    // Ended before its directory goes.
+    _process: Background,
+    dir: TempDir,
+}
+
+impl Broker {
+    /// Serves a software device of 1 GiB of which `offer` is added at once, as one group.
+    pub(crate) fn serve(offer: &str) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let mut serve = Command::new(workspace::dcm());
+        serve.args(["serve", "--emulate", "1G", "--offer", offer, "--socket"]);
+        let mut process = Background::start(serve.arg(dir.path().join("broker.sock")))?;
+        process
+            .wait_for("serving", LIMIT)
+            .context("dcm serve did not start")?;
+        Ok(Self {
+            _process: process,
+            dir,
+        })
+    }
+
+    /// Where it listens.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.path().join("broker.sock")
+    }
+
+    /// `program` under `dcm run` on this broker, with everything on extents.
+    pub(crate) fn run(&self, program: &Path) -> Command {
+        let mut run = Command::new(workspace::dcm());
+        run.args(["run", "--placement", "dc", "--socket"]);
+        run.arg(self.socket()).arg("--").arg(program);
+        run
+    }
+
+    /// An order of `dcm`, such as `["add", "64M"]`; what it prints.
+    pub(crate) fn order(&self, order: &[&str]) -> Result<String> {
+        let mut dcm = Command::new(workspace::dcm());
+        dcm.args(order).arg("--socket").arg(self.socket());
+        let finished = process::run(&mut dcm, LIMIT)?;
+        if !finished.success() {
+            bail!(
+                "dcm {}: {}: {}",
+                order.join(" "),
+                finished.ending(),
+                finished.stderr.trim()
+            );
+        }
+        Ok(finished.stdout)
+    }
+
+    /// The same with `--json`.
+    pub(crate) fn order_json(&self, order: &[&str]) -> Result<Value> {
+        let text = self.order(&[order, &["--json"]].concat())?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("dcm {} printed no JSON", order.join(" ")))
+    }
+
+    /// A number of `dcm status --json`, such as `/capacity/leased`.
+    pub(crate) fn status_number(&self, pointer: &str) -> Result<u64> {
+        number(&self.order_json(&["status"])?, pointer)
+    }
+}
+
+/// The number at `pointer`.
+pub(crate) fn number(value: &Value, pointer: &str) -> Result<u64> {
+    value
+        .pointer(pointer)
+        .and_then(Value::as_u64)
+        .with_context(|| format!("dcm printed no {pointer}"))
+}
