@@ -143,6 +143,8 @@ impl<M: Mmio> DcDevice<M> {
             self.answer_sent = false;
         }
         match error.return_code() {
+            // A rejection needs no room: a device that says so will say it for ever.
+            Some(ReturnCode::ResourcesExhausted) if ranges.is_empty() => Err(error.into()),
             Some(
                 code @ (ReturnCode::ResourcesExhausted
                 | ReturnCode::InvalidInput
@@ -217,9 +219,12 @@ impl<M: Mmio> DcDevice<M> {
     /// group being answered is pending for certain, so the oldest one can be rejected safely:
     /// it is either one of those, or the one whose answer the device does not take.
     fn reject_unseen_group(&mut self) -> Result<(), DeviceError> {
-        self.send_one(&[], false)?;
+        let code = self.send_one(&[], false)?;
         self.answer_sent = false;
-        self.unseen_groups -= 1;
+        self.unseen_groups = match code {
+            ReturnCode::Success => self.unseen_groups - 1,
+            _ => 0,
+        };
         self.save()
     }
 

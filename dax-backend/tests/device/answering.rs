@@ -1,7 +1,7 @@
 //! Points 9 to 13: what goes into an Add Dynamic Capacity Response, and when it is sent.
 //! Point 14 is in `crashes.rs`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dax_backend::address::DpaRange;
 use dax_backend::capacity::CapacityDevice;
@@ -317,4 +317,45 @@ fn answering_13_refused_list_becomes_a_rejection() {
         assert_eq!(audit.answers.last().unwrap().ranges, 0);
         device.assert_settled(&driver);
     }
+}
+
+#[test]
+fn answering_13_device_without_room_for_a_rejection_does_not_hang_us() {
+    let (device, mut driver) = opened();
+    device.offer(&device.scattered(0, 2));
+    for _ in 0..20 {
+        device
+            .model
+            .inject(Fault::on(0x4802, FaultKind::ReturnCode(0x1d)));
+    }
+    assert!(driver.poll().is_err());
+    assert_eq!(
+        device.model.audit().count(0x4802),
+        3,
+        "two extents, one, none"
+    );
+}
+
+/// A test build on a busy machine still has a wide margin; `examples/offer_latency.rs` measures.
+#[test]
+fn offer_of_three_extents_is_usable_within_five_milliseconds() {
+    let (device, mut driver) = opened();
+    let mut times: Vec<Duration> = (0..101)
+        .map(|round| {
+            let started = Instant::now();
+            device.offer(&device.scattered(6 * round % 400, 3));
+            driver.poll().unwrap();
+            let time = started.elapsed();
+            let held = ranges(driver.accepted());
+            assert_eq!(held.len(), 3);
+            driver.release(&held).unwrap();
+            time
+        })
+        .collect();
+    times.sort_unstable();
+    assert!(
+        times[50] < Duration::from_millis(5),
+        "p50 is {:?}",
+        times[50]
+    );
 }

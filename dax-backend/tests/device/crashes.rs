@@ -23,7 +23,11 @@ fn open(device: &TestDevice, journal: &SharedJournal, crash: &Crash) -> Option<D
         },
         ready_timeout: Duration::from_millis(1),
         prepare: Box::new(Choose(move |extent: &dax_backend::extent::Extent| {
-            if extent.range.start >= unwanted { Preparation::Refused } else { Preparation::Whole }
+            if extent.range.start >= unwanted {
+                Preparation::Refused
+            } else {
+                Preparation::Whole
+            }
         })),
         journal: Box::new(journal.with(crash.clone())),
         ..DeviceConfig::default()
@@ -33,7 +37,9 @@ fn open(device: &TestDevice, journal: &SharedJournal, crash: &Crash) -> Option<D
 
 /// One life of a driver; it may end at any step.
 fn live(device: &TestDevice, journal: &SharedJournal, crash: &Crash) {
-    let Some(mut driver) = open(device, journal, crash) else { return };
+    let Some(mut driver) = open(device, journal, crash) else {
+        return;
+    };
     for _ in 0..3 {
         let _ = driver.poll();
     }
@@ -50,7 +56,10 @@ fn offer(device: &TestDevice) {
 
 fn small() -> ModelConfig {
     // 256 bytes of payload: one record in a read, ten ranges in an answer.
-    ModelConfig { mailbox_payload: 256, ..ModelConfig::default() }
+    ModelConfig {
+        mailbox_payload: 256,
+        ..ModelConfig::default()
+    }
 }
 
 /// After all crashes: another group is offered, and everything has come to its end.
@@ -68,7 +77,11 @@ fn check(device: &TestDevice, journal: &SharedJournal, crashes: &str) {
     wanted.push(device.blocks(10, 1));
     wanted.extend(device.scattered(20, 12));
     wanted.push(device.blocks(100, 1));
-    let held: Vec<_> = driver.accepted().iter().map(|extent| extent.range).collect();
+    let held: Vec<_> = driver
+        .accepted()
+        .iter()
+        .map(|extent| extent.range)
+        .collect();
     assert_eq!(held, wanted, "{crashes}");
 }
 
@@ -99,7 +112,11 @@ fn answering_14_crash_of_the_next_driver_too_answers_each_group_once() {
             live(&device, &journal, &Crash::after(first));
             let again = Crash::after(second);
             live(&device, &journal, &again);
-            check(&device, &journal, &format!("crashes after {first} and {second} steps"));
+            check(
+                &device,
+                &journal,
+                &format!("crashes after {first} and {second} steps"),
+            );
             if !again.happened() {
                 break;
             }

@@ -9,7 +9,10 @@ use crate::bench::{MIB, config, opened, range, test_device};
 use crate::wire::{Plug, tapped};
 
 const GIB: u64 = 1 << 30;
-const WINDOW: HpaWindow = HpaWindow { base: Hpa(0x4_9000_0000), len: 8 * GIB };
+const WINDOW: HpaWindow = HpaWindow {
+    base: Hpa(0x4_9000_0000),
+    len: 8 * GIB,
+};
 
 #[test]
 fn first_decoder_skips_static_memory() {
@@ -17,7 +20,10 @@ fn first_decoder_skips_static_memory() {
     let decoded = driver.program_decoder(WINDOW).unwrap();
     assert_eq!(decoded.base, WINDOW.base);
     assert_eq!(decoded.dpa, range(512 * MIB, GIB));
-    assert_eq!(decoded.hpa(Dpa(512 * MIB + 0x1234)), Some(Hpa(WINDOW.base.0 + 0x1234)));
+    assert_eq!(
+        decoded.hpa(Dpa(512 * MIB + 0x1234)),
+        Some(Hpa(WINDOW.base.0 + 0x1234))
+    );
     assert_eq!(decoded.hpa(Dpa(0)), None);
 }
 
@@ -39,9 +45,15 @@ fn decoder_covers_whole_decode_lengths() {
 fn decoder_behind_firmware_s_skips_nothing() {
     let (device, mut driver) = opened();
     device.fabric.commit_decoder(0, WINDOW.base.0, 512 * MIB, 0);
-    let window = HpaWindow { base: Hpa(WINDOW.base.0 + GIB), len: GIB };
+    let window = HpaWindow {
+        base: Hpa(WINDOW.base.0 + GIB),
+        len: GIB,
+    };
     let decoded = driver.program_decoder(window).unwrap();
-    assert_eq!((decoded.base, decoded.dpa), (window.base, range(512 * MIB, GIB)));
+    assert_eq!(
+        (decoded.base, decoded.dpa),
+        (window.base, range(512 * MIB, GIB))
+    );
     // Again, as after a restart: what is committed is found and used.
     assert_eq!(driver.program_decoder(WINDOW).unwrap(), decoded);
 }
@@ -50,25 +62,69 @@ fn decoder_behind_firmware_s_skips_nothing() {
 fn decoders_rise_in_hpa_and_dpa() {
     let (device, mut driver) = opened();
     device.fabric.commit_decoder(0, WINDOW.base.0, 512 * MIB, 0);
-    let below = HpaWindow { base: Hpa(0), len: GIB };
+    let below = HpaWindow {
+        base: Hpa(0),
+        len: GIB,
+    };
     let error = driver.program_decoder(below).unwrap_err();
-    assert!(matches!(error, DecoderError::OutOfOrder { decoder: 0, what: "HPA", .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            DecoderError::OutOfOrder {
+                decoder: 0,
+                what: "HPA",
+                ..
+            }
+        ),
+        "{error}"
+    );
     let (device, mut driver) = opened();
     device.fabric.commit_decoder(0, WINDOW.base.0, GIB, 0);
-    let window = HpaWindow { base: Hpa(WINDOW.base.0 + GIB), len: GIB };
+    let window = HpaWindow {
+        base: Hpa(WINDOW.base.0 + GIB),
+        len: GIB,
+    };
     let error = driver.program_decoder(window).unwrap_err();
-    assert!(matches!(error, DecoderError::OutOfOrder { decoder: 0, what: "DPA", .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            DecoderError::OutOfOrder {
+                decoder: 0,
+                what: "DPA",
+                ..
+            }
+        ),
+        "{error}"
+    );
 }
 
 #[test]
 fn window_must_be_large_enough_and_aligned() {
     let (_device, mut driver) = opened();
-    let small = HpaWindow { len: GIB - 256 * MIB, ..WINDOW };
+    let small = HpaWindow {
+        len: GIB - 256 * MIB,
+        ..WINDOW
+    };
     let error = driver.program_decoder(small).unwrap_err();
-    assert!(matches!(error, DecoderError::WindowTooSmall { .. }), "{error}");
-    let crooked = HpaWindow { base: Hpa(WINDOW.base.0 + MIB), ..WINDOW };
+    assert!(
+        matches!(error, DecoderError::WindowTooSmall { .. }),
+        "{error}"
+    );
+    let crooked = HpaWindow {
+        base: Hpa(WINDOW.base.0 + MIB),
+        ..WINDOW
+    };
     let error = driver.program_decoder(crooked).unwrap_err();
-    assert!(matches!(error, DecoderError::Unaligned { what: "window base", .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            DecoderError::Unaligned {
+                what: "window base",
+                ..
+            }
+        ),
+        "{error}"
+    );
     driver.program_decoder(WINDOW).unwrap();
 }
 
@@ -77,10 +133,15 @@ fn taken_decoders_and_missing_devices_are_told() {
     let (device, mut driver) = opened();
     for index in 0..4 {
         let base = index as u64 * 256 * MIB;
-        device.fabric.commit_decoder(index, base, 256 * MIB, if index == 0 { 4 * GIB } else { 0 });
+        device
+            .fabric
+            .commit_decoder(index, base, 256 * MIB, if index == 0 { 4 * GIB } else { 0 });
     }
     let error = driver.program_decoder(WINDOW).unwrap_err();
-    assert!(matches!(error, DecoderError::NoneFree { count: 4 }), "{error}");
+    assert!(
+        matches!(error, DecoderError::NoneFree { count: 4 }),
+        "{error}"
+    );
 
     let plug = Plug::default();
     let device = test_device(ModelConfig::default());

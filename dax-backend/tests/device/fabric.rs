@@ -8,7 +8,11 @@ use dax_backend::orchestrator::{Orchestrator, OrchestratorError};
 use crate::bench::{BLOCK, MIB, TestDevice, opened, ranges, tag, test_device};
 
 fn add(device: &TestDevice, policy: AddPolicy) -> Result<usize, FabricError> {
-    let request = AddRequest { policy, region: 0, tag: ExtentTag::NULL };
+    let request = AddRequest {
+        policy,
+        region: 0,
+        tag: ExtentTag::NULL,
+    };
     device.fabric.add(&request).map(|extents| extents.len())
 }
 
@@ -22,12 +26,18 @@ fn fragmented() -> TestDevice {
 #[test]
 fn free_capacity_may_come_in_pieces() {
     let device = fragmented();
-    assert_eq!(add(&device, AddPolicy::Free(vec![2 * BLOCK, 2 * BLOCK])), Ok(2));
+    assert_eq!(
+        add(&device, AddPolicy::Free(vec![2 * BLOCK, 2 * BLOCK])),
+        Ok(2)
+    );
     let device = fragmented();
     assert_eq!(add(&device, AddPolicy::Free(vec![3 * BLOCK])), Ok(2));
     assert_eq!(
         add(&device, AddPolicy::Free(vec![2 * BLOCK])),
-        Err(FabricError::NoCapacity { wanted: 2 * BLOCK, available: BLOCK })
+        Err(FabricError::NoCapacity {
+            wanted: 2 * BLOCK,
+            available: BLOCK
+        })
     );
 }
 
@@ -36,7 +46,10 @@ fn contiguous_capacity_comes_in_one_piece_or_not_at_all() {
     let device = fragmented();
     assert_eq!(
         add(&device, AddPolicy::Contiguous(vec![3 * BLOCK])),
-        Err(FabricError::NoCapacity { wanted: 3 * BLOCK, available: 2 * BLOCK })
+        Err(FabricError::NoCapacity {
+            wanted: 3 * BLOCK,
+            available: 2 * BLOCK
+        })
     );
     assert_eq!(add(&device, AddPolicy::Contiguous(vec![2 * BLOCK])), Ok(1));
 }
@@ -47,30 +60,51 @@ fn what_makes_no_sense_is_refused() {
     let refused = |policy| add(&device, policy).unwrap_err();
     assert_eq!(refused(AddPolicy::Free(vec![])), FabricError::Empty);
     assert_eq!(refused(AddPolicy::Free(vec![0])), FabricError::Empty);
-    let misaligned = FabricError::Misaligned { len: MIB, block_size: BLOCK };
+    let misaligned = FabricError::Misaligned {
+        len: MIB,
+        block_size: BLOCK,
+    };
     assert_eq!(refused(AddPolicy::Free(vec![MIB])), misaligned);
     let range = device.blocks(1, 2);
-    assert_eq!(refused(AddPolicy::Prescriptive(vec![range])), FabricError::NotFree { range });
+    assert_eq!(
+        refused(AddPolicy::Prescriptive(vec![range])),
+        FabricError::NotFree { range }
+    );
     let range = device.blocks(6, 4);
     let outside = refused(AddPolicy::Prescriptive(vec![range]));
-    assert_eq!(outside, FabricError::NotInRegion { range, region: 0, block_size: BLOCK });
+    assert_eq!(
+        outside,
+        FabricError::NotInRegion {
+            range,
+            region: 0,
+            block_size: BLOCK
+        }
+    );
     let request = AddRequest {
         policy: AddPolicy::Free(vec![BLOCK]),
         region: 3,
         tag: ExtentTag::NULL,
     };
-    let missing = FabricError::NoSuchRegion { region: 3, regions: 1 };
+    let missing = FabricError::NoSuchRegion {
+        region: 3,
+        regions: 1,
+    };
     assert_eq!(device.fabric.add(&request), Err(missing));
     let pending = ReleasePolicy::Prescriptive(vec![device.blocks(0, 2)]);
     assert_eq!(
         device.fabric.release(&pending, false),
-        Err(FabricError::NotAccepted { range: device.blocks(0, 2) })
+        Err(FabricError::NotAccepted {
+            range: device.blocks(0, 2)
+        })
     );
     assert_eq!(
         device.fabric.release(&ReleasePolicy::Tag(tag(1)), false),
         Err(FabricError::NoSuchTag { tag: tag(1) })
     );
-    assert_eq!(device.fabric.update_region(0, BLOCK), Err(FabricError::RegionInUse { region: 0 }));
+    assert_eq!(
+        device.fabric.update_region(0, BLOCK),
+        Err(FabricError::RegionInUse { region: 0 })
+    );
     assert_eq!(device.model.audit().groups_offered, 1);
 }
 
@@ -83,7 +117,10 @@ fn orchestrator_offers_sizes_as_one_group() {
     assert_eq!(ranges(driver.accepted()), offered);
     assert_eq!(device.model.audit().groups_offered, 1);
     let error = Orchestrator::add(&mut orchestrator, &[1 << 30], tag(1)).unwrap_err();
-    assert!(matches!(error, OrchestratorError::NoCapacity { .. }), "{error}");
+    assert!(
+        matches!(error, OrchestratorError::NoCapacity { .. }),
+        "{error}"
+    );
     Orchestrator::release(&mut orchestrator, &offered[..1], true).unwrap();
     driver.poll().unwrap();
     assert_eq!(ranges(driver.accepted()), offered[1..]);

@@ -34,7 +34,9 @@ fn short_response_is_told() {
 fn response_longer_than_the_payload_is_cut() {
     let (device, mut driver) = opened();
     let offered = device.offer(&device.scattered(0, 3));
-    device.model.inject(Fault::on(0x0100, FaultKind::OutputLength(0x1f_ffff)));
+    device
+        .model
+        .inject(Fault::on(0x0100, FaultKind::OutputLength(0x1f_ffff)));
     assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
     device.assert_settled(&driver);
 }
@@ -61,10 +63,15 @@ fn log_that_does_not_clear_is_told_and_not_answered_twice() {
     let (device, mut driver) = opened();
     let offered = device.offer(&device.scattered(0, 3));
     for _ in 0..3 {
-        device.model.inject(Fault::on(0x0101, FaultKind::ReturnCode(0)));
+        device
+            .model
+            .inject(Fault::on(0x0101, FaultKind::ReturnCode(0)));
     }
     let error = driver.poll().unwrap_err();
-    assert!(matches!(error, DeviceError::EventLogEndless { .. }), "{error}");
+    assert!(
+        matches!(error, DeviceError::EventLogEndless { .. }),
+        "{error}"
+    );
     assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
     assert_eq!(device.model.audit().answers_to(0), 1);
     device.assert_settled(&driver);
@@ -77,10 +84,15 @@ fn extent_list_that_ends_early_is_told() {
     driver.poll().unwrap();
     let mut empty = vec![0; 16];
     empty[4] = 3;
-    device.model.inject(Fault::on(0x4801, FaultKind::Output(empty)));
+    device
+        .model
+        .inject(Fault::on(0x4801, FaultKind::Output(empty)));
     let error = driver.listed().unwrap_err();
     assert!(
-        matches!(error, DeviceError::ExtentListTruncated { read: 0, total: 3 }),
+        matches!(
+            error,
+            DeviceError::ExtentListTruncated { read: 0, total: 3 }
+        ),
         "{error}"
     );
 }
@@ -90,12 +102,16 @@ fn regions_that_make_no_sense_are_told() {
     let device = test_device(ModelConfig::default());
     let mut none = vec![0; 8 + 16];
     none[0] = 1;
-    device.model.inject(Fault::on(0x4800, FaultKind::Output(none)));
+    device
+        .model
+        .inject(Fault::on(0x4800, FaultKind::Output(none)));
     let error = DcDevice::open(device.mmio(), config()).err().unwrap();
     assert!(error.to_string().contains("no DC region"), "{error}");
     let mut zeroes = vec![0; 8 + 40 + 16];
     (zeroes[0], zeroes[1]) = (1, 1);
-    device.model.inject(Fault::on(0x4800, FaultKind::Output(zeroes)));
+    device
+        .model
+        .inject(Fault::on(0x4800, FaultKind::Output(zeroes)));
     let error = DcDevice::open(device.mmio(), config()).err().unwrap();
     assert_eq!(
         error.to_string(),
@@ -137,7 +153,9 @@ fn device_without_a_clock_is_fine() {
 #[test]
 fn commands_refused_by_the_mailbox_say_which() {
     let (device, mut driver) = opened();
-    device.model.inject(Fault::on(0x4801, FaultKind::ReturnCode(0x16)));
+    device
+        .model
+        .inject(Fault::on(0x4801, FaultKind::ReturnCode(0x16)));
     let error = driver.listed().unwrap_err();
     let DeviceError::Mailbox(MailboxError::Returned { command, .. }) = error else {
         panic!("{error}");

@@ -14,12 +14,18 @@ use crate::wire::{Plug, tapped};
 #[test]
 fn slow_doorbell_is_waited_for() {
     let delay = Duration::from_millis(2);
-    let device = test_device(ModelConfig { doorbell_delay: delay, ..ModelConfig::default() });
+    let device = test_device(ModelConfig {
+        doorbell_delay: delay,
+        ..ModelConfig::default()
+    });
     let mut driver = device.open();
     let offered = device.offer(&device.scattered(0, 3));
     let started = Instant::now();
     assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
-    assert!(started.elapsed() >= 4 * delay, "read, clear, answer and a last look");
+    assert!(
+        started.elapsed() >= 4 * delay,
+        "read, clear, answer and a last look"
+    );
     assert_eq!(driver.counters().timeouts, 0);
     device.assert_settled(&driver);
 }
@@ -27,7 +33,10 @@ fn slow_doorbell_is_waited_for() {
 #[test]
 fn command_of_an_earlier_owner_is_waited_out() {
     let (device, mut driver) = opened();
-    device.model.inject(Fault::on(0x4801, FaultKind::Delay(Duration::from_millis(60))));
+    device.model.inject(Fault::on(
+        0x4801,
+        FaultKind::Delay(Duration::from_millis(60)),
+    ));
     assert!(driver.listed().is_err());
     drop(driver);
     let driver = device.open();
@@ -45,12 +54,19 @@ fn hanging_command_is_a_timeout_and_the_next_one_is_not_sent() {
          whether it took effect is not known"
     );
     let error = driver.listed().unwrap_err();
-    assert!(matches!(error, DeviceError::Mailbox(MailboxError::Occupied { .. })), "{error}");
+    assert!(
+        matches!(error, DeviceError::Mailbox(MailboxError::Occupied { .. })),
+        "{error}"
+    );
     assert_eq!(driver.counters().timeouts, 1);
     let offered = device.offer(&[device.blocks(0, 1)]);
     assert!(driver.poll().is_err());
     device.model.reset();
-    assert_eq!(outcome(&driver.poll().unwrap()).0, offered, "nothing is lost");
+    assert_eq!(
+        outcome(&driver.poll().unwrap()).0,
+        offered,
+        "nothing is lost"
+    );
     device.assert_settled(&driver);
 }
 
@@ -58,15 +74,22 @@ fn hanging_command_is_a_timeout_and_the_next_one_is_not_sent() {
 fn busy_device_is_tried_again_but_not_for_ever() {
     let (device, mut driver) = opened();
     for _ in 0..3 {
-        device.model.inject(Fault::on(0x4801, FaultKind::ReturnCode(0x06)));
+        device
+            .model
+            .inject(Fault::on(0x4801, FaultKind::ReturnCode(0x06)));
     }
     driver.listed().unwrap();
     assert_eq!(driver.counters().retries, 3);
     for _ in 0..4 {
-        device.model.inject(Fault::on(0x4801, FaultKind::ReturnCode(0x05)));
+        device
+            .model
+            .inject(Fault::on(0x4801, FaultKind::ReturnCode(0x05)));
     }
     let error = driver.listed().unwrap_err();
-    assert!(error.to_string().contains("retry required (0x05)"), "{error}");
+    assert!(
+        error.to_string().contains("retry required (0x05)"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -74,7 +97,9 @@ fn background_operation_is_waited_for() {
     let (device, mut driver) = opened();
     let offered = device.offer(&[device.blocks(0, 1)]);
     let time = Duration::from_millis(10);
-    device.model.inject(Fault::on(0x4802, FaultKind::Background(time)));
+    device
+        .model
+        .inject(Fault::on(0x4802, FaultKind::Background(time)));
     let started = Instant::now();
     assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
     assert!(started.elapsed() >= time);
@@ -86,9 +111,14 @@ fn background_operation_that_does_not_end_is_a_timeout() {
     let (device, mut driver) = opened();
     let offered = device.offer(&[device.blocks(0, 1)]);
     let for_ever = Duration::from_secs(3600);
-    device.model.inject(Fault::on(0x4802, FaultKind::Background(for_ever)));
+    device
+        .model
+        .inject(Fault::on(0x4802, FaultKind::Background(for_ever)));
     let error = driver.poll().unwrap_err();
-    assert!(matches!(error, DeviceError::Mailbox(MailboxError::Timeout { .. })), "{error}");
+    assert!(
+        matches!(error, DeviceError::Mailbox(MailboxError::Timeout { .. })),
+        "{error}"
+    );
     // It took effect when it started, which the extent list tells.
     assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
     device.assert_settled(&driver);
@@ -96,7 +126,10 @@ fn background_operation_that_does_not_end_is_a_timeout() {
 
 #[test]
 fn smallest_payload_is_enough() {
-    let device = test_device(ModelConfig { mailbox_payload: 256, ..ModelConfig::default() });
+    let device = test_device(ModelConfig {
+        mailbox_payload: 256,
+        ..ModelConfig::default()
+    });
     let mut driver = device.open();
     let offered = device.offer(&device.scattered(0, 25));
     assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
@@ -110,9 +143,17 @@ fn smallest_payload_is_enough() {
 #[test]
 fn device_gets_time_to_become_ready() {
     let ready_after = Duration::from_millis(30);
-    let slow = || test_device(ModelConfig { ready_after, ..ModelConfig::default() });
+    let slow = || {
+        test_device(ModelConfig {
+            ready_after,
+            ..ModelConfig::default()
+        })
+    };
     slow().open();
-    let hurried = DeviceConfig { ready_timeout: Duration::from_millis(5), ..config() };
+    let hurried = DeviceConfig {
+        ready_timeout: Duration::from_millis(5),
+        ..config()
+    };
     let error = DcDevice::open(slow().mmio(), hurried).err().unwrap();
     assert!(matches!(error, OpenError::NotReady { .. }), "{error}");
 }
@@ -124,6 +165,8 @@ fn device_that_goes_away_is_told_and_nothing_hangs() {
     let mut driver = DcDevice::open(tapped(device.mmio(), plug.clone()), config()).unwrap();
     plug.pull();
     assert!(driver.poll().is_err());
-    let error = DcDevice::open(tapped(device.mmio(), plug), config()).err().unwrap();
+    let error = DcDevice::open(tapped(device.mmio(), plug), config())
+        .err()
+        .unwrap();
     assert!(matches!(error, OpenError::NoCapability { .. }), "{error}");
 }

@@ -53,12 +53,14 @@ fn recovery_33_answered_group_left_in_the_log_is_not_answered_again() {
     driver.poll().unwrap();
     drop(driver);
     let extent = offered[0];
-    device.fabric.push_record(dax_backend::event_record::RawRecord {
-        uuid: dax_backend::event_record::DYNAMIC_CAPACITY_RECORD,
-        start: extent.range.start.0.into(),
-        extent_len: extent.range.len.into(),
-        ..zerocopy::FromZeros::new_zeroed()
-    });
+    device
+        .fabric
+        .push_record(dax_backend::event_record::RawRecord {
+            uuid: dax_backend::event_record::DYNAMIC_CAPACITY_RECORD,
+            start: extent.range.start.0.into(),
+            extent_len: extent.range.len.into(),
+            ..zerocopy::FromZeros::new_zeroed()
+        });
     let driver = device.open();
     assert_eq!(driver.accepted(), offered);
     assert_eq!(device.model.audit().count(0x4802), 1);
@@ -72,19 +74,37 @@ fn recovery_33_list_that_changes_between_pages_is_read_again() {
     driver.poll().unwrap();
     let held = driver.accepted().to_vec();
     let before = device.model.audit().count(0x4801);
-    device.model.inject(Fault::on(0x4801, FaultKind::GenerationChange));
+    device
+        .model
+        .inject(Fault::on(0x4801, FaultKind::GenerationChange));
     assert_eq!(driver.listed().unwrap(), held);
-    assert_eq!(device.model.audit().count(0x4801) - before, 2 + 3, "two pages for nothing");
+    assert_eq!(
+        device.model.audit().count(0x4801) - before,
+        2 + 3,
+        "two pages for nothing"
+    );
     for _ in 0..10 {
-        device.model.inject(Fault { after: 0, ..Fault::on(0x4801, FaultKind::GenerationChange) });
-        device.model.inject(Fault { after: 1, ..Fault::on(0x4801, FaultKind::GenerationChange) });
+        device.model.inject(Fault {
+            after: 0,
+            ..Fault::on(0x4801, FaultKind::GenerationChange)
+        });
+        device.model.inject(Fault {
+            after: 1,
+            ..Fault::on(0x4801, FaultKind::GenerationChange)
+        });
     }
     let error = driver.listed().unwrap_err();
-    assert!(matches!(error, DeviceError::ExtentListUnstable { attempts: 10 }), "{error}");
+    assert!(
+        matches!(error, DeviceError::ExtentListUnstable { attempts: 10 }),
+        "{error}"
+    );
 }
 
 fn journaled(journal: &SharedJournal) -> DeviceConfig {
-    DeviceConfig { journal: Box::new(journal.clone()), ..config() }
+    DeviceConfig {
+        journal: Box::new(journal.clone()),
+        ..config()
+    }
 }
 
 #[test]
@@ -95,7 +115,11 @@ fn recovery_34_group_cleared_in_part_survives_its_driver() {
     let mut offer = device.offer_slowly(&device.scattered(0, 3));
     offer.write(2);
     driver.poll().unwrap();
-    assert_eq!(device.model.audit().records_in_log, 0, "the only record of it is the journal");
+    assert_eq!(
+        device.model.audit().records_in_log,
+        0,
+        "the only record of it is the journal"
+    );
     drop(driver);
     let mut driver = device.open_with(journaled(&journal));
     assert_eq!(driver.poll().unwrap(), []);
@@ -130,10 +154,15 @@ fn recovery_35_region_update_is_read_again() {
     let (device, mut driver) = opened();
     assert_eq!(driver.block_size(), 2 * MIB);
     device.fabric.update_region(0, 4 * MIB).unwrap();
-    assert_eq!(driver.poll().unwrap(), [DeviceEvent::RegionsUpdated { region: 0 }]);
+    assert_eq!(
+        driver.poll().unwrap(),
+        [DeviceEvent::RegionsUpdated { region: 0 }]
+    );
     assert_eq!(driver.block_size(), 4 * MIB);
     // The new block size rules at once.
-    device.fabric.add_unchecked(&[Extent::untagged(device.blocks(1, 2))]);
+    device
+        .fabric
+        .add_unchecked(&[Extent::untagged(device.blocks(1, 2))]);
     let (accepted, rejected) = outcome(&driver.poll().unwrap());
     assert_eq!((accepted.len(), rejected.len()), (0, 1));
     device.assert_settled(&driver);
@@ -143,10 +172,15 @@ fn recovery_35_region_update_is_read_again() {
 fn recovery_35_unreadable_update_is_tried_again() {
     let (device, mut driver) = opened();
     device.fabric.update_region(0, 4 * MIB).unwrap();
-    device.model.inject(Fault::on(0x4800, FaultKind::ReturnCode(0x04)));
+    device
+        .model
+        .inject(Fault::on(0x4800, FaultKind::ReturnCode(0x04)));
     assert!(driver.poll().is_err());
     assert_eq!(driver.block_size(), 2 * MIB);
-    assert_eq!(driver.poll().unwrap(), [DeviceEvent::RegionsUpdated { region: 0 }]);
+    assert_eq!(
+        driver.poll().unwrap(),
+        [DeviceEvent::RegionsUpdated { region: 0 }]
+    );
     assert_eq!(driver.block_size(), 4 * MIB);
 }
 
@@ -180,7 +214,10 @@ fn recovery_36_record_that_comes_during_a_drain_is_not_missed() {
 fn recovery_36_log_is_read_now_and_then_without_a_signal() {
     let device = test_device(ModelConfig::default());
     let interval = Duration::from_millis(30);
-    let mut driver = device.open_with(DeviceConfig { drain_interval: interval, ..config() });
+    let mut driver = device.open_with(DeviceConfig {
+        drain_interval: interval,
+        ..config()
+    });
     let opened_at = Instant::now();
     device.model.mute_event_status(true);
     let offered = device.offer(&[device.blocks(0, 1)]);
@@ -188,7 +225,10 @@ fn recovery_36_log_is_read_now_and_then_without_a_signal() {
     while driver.accepted().is_empty() {
         driver.poll().unwrap();
         polls += 1;
-        assert!(opened_at.elapsed() < 20 * interval, "the offer was never found");
+        assert!(
+            opened_at.elapsed() < 20 * interval,
+            "the offer was never found"
+        );
         thread::sleep(interval / 10);
     }
     assert_eq!(driver.accepted(), offered);
@@ -256,9 +296,15 @@ fn offset(device: &TestDevice, range: DpaRange) -> u64 {
 
 #[test]
 fn recovery_38_only_sanitizing_regions_give_clean_memory() {
-    let clean = ModelRegion { sanitizes: true, ..ModelRegion::of(256 * MIB) };
+    let clean = ModelRegion {
+        sanitizes: true,
+        ..ModelRegion::of(256 * MIB)
+    };
     for (region, known_zero) in [(ModelRegion::of(256 * MIB), false), (clean, true)] {
-        let device = test_device(ModelConfig { dc_regions: vec![region], ..ModelConfig::default() });
+        let device = test_device(ModelConfig {
+            dc_regions: vec![region],
+            ..ModelConfig::default()
+        });
         let mut driver = device.open();
         let blocks = device.blocks(3, 1);
         device.offer(&[blocks]);
@@ -268,7 +314,11 @@ fn recovery_38_only_sanitizing_regions_give_clean_memory() {
         device.offer(&[blocks]);
         driver.poll().unwrap();
         assert_eq!(driver.sanitizes(&blocks), known_zero);
-        assert_eq!(byte_at(&device, blocks) == 0, known_zero, "the driver must not promise more");
+        assert_eq!(
+            byte_at(&device, blocks) == 0,
+            known_zero,
+            "the driver must not promise more"
+        );
     }
 }
 
@@ -277,7 +327,10 @@ fn recovery_39_what_is_written_is_read_and_nothing_else_is_touched() {
     let (device, mut driver) = opened();
     device.offer(&[device.blocks(0, 2), device.blocks(100, 1)]);
     driver.poll().unwrap();
-    let window = HpaWindow { base: Hpa(1 << 40), len: 4 << 30 };
+    let window = HpaWindow {
+        base: Hpa(1 << 40),
+        len: 4 << 30,
+    };
     let decoded = driver.program_decoder(window).unwrap();
     let mut written = 0;
     for extent in driver.accepted() {

@@ -31,7 +31,11 @@ fn release_20_request_waits_until_the_host_is_done() {
     for _ in 0..3 {
         assert_eq!(driver.poll().unwrap(), [], "the device does not ask again");
     }
-    assert_eq!(device.model.audit().count(0x4803), 0, "the host still uses it");
+    assert_eq!(
+        device.model.audit().count(0x4803),
+        0,
+        "the host still uses it"
+    );
     assert_eq!(driver.accepted().len(), 1);
     driver.release(&[device.blocks(0, 4)]).unwrap();
     assert_eq!(device.model.audit().count(0x4803), 1);
@@ -45,7 +49,10 @@ fn release_21_untagged_request_names_whole_blocks_of_what_is_held() {
     device.offer(&[device.blocks(0, 4), device.blocks(4, 4)]);
     driver.poll().unwrap();
     device.ask_back(&[device.blocks(2, 4)]);
-    let asked: Vec<_> = requests(&driver.poll().unwrap()).iter().map(|request| request.0).collect();
+    let asked: Vec<_> = requests(&driver.poll().unwrap())
+        .iter()
+        .map(|request| request.0)
+        .collect();
     assert_eq!(asked, [device.blocks(2, 2), device.blocks(4, 2)]);
     // A device that asks for half a block gets the whole one.
     let part = device.blocks(6, 1);
@@ -67,10 +74,16 @@ fn release_21_tagged_request_names_the_whole_tag_group() {
     device.offer_tagged(&[device.blocks(20, 2)], tag(2));
     driver.poll().unwrap();
     device.ask_back(&[device.blocks(1, 1)]);
-    let whole = [(device.blocks(0, 2), tag(1)), (device.blocks(10, 2), tag(1))];
+    let whole = [
+        (device.blocks(0, 2), tag(1)),
+        (device.blocks(10, 2), tag(1)),
+    ];
     assert_eq!(requests(&driver.poll().unwrap()), whole);
     // A record for each extent of the tag asks once, not once for each.
-    device.fabric.release(&ReleasePolicy::Tag(tag(1)), false).unwrap();
+    device
+        .fabric
+        .release(&ReleasePolicy::Tag(tag(1)), false)
+        .unwrap();
     assert_eq!(requests(&driver.poll().unwrap()), whole);
     driver.release(&whole.map(|(range, _)| range)).unwrap();
     assert_eq!(ranges(driver.accepted()), [device.blocks(20, 2)]);
@@ -86,7 +99,11 @@ fn release_22_request_for_what_is_not_held_is_ignored() {
     device.ask_back(&[device.blocks(0, 2)]);
     driver.release(&[device.blocks(0, 2)]).unwrap();
     assert_eq!(driver.poll().unwrap(), []);
-    for (start, len) in [(0, BLOCK), (u64::MAX, u64::MAX), (device.blocks(0, 1).start.0, 0)] {
+    for (start, len) in [
+        (0, BLOCK),
+        (u64::MAX, u64::MAX),
+        (device.blocks(0, 1).start.0, 0),
+    ] {
         device.fabric.push_record(RawRecord {
             uuid: DYNAMIC_CAPACITY_RECORD,
             kind: 1,
@@ -106,10 +123,16 @@ fn release_23_any_blocks_are_given_back_unasked() {
     let (device, mut driver) = opened();
     device.offer(&[device.blocks(0, 8), device.blocks(8, 8)]);
     driver.poll().unwrap();
-    driver.release(&[device.blocks(1, 1), device.blocks(6, 4)]).unwrap();
+    driver
+        .release(&[device.blocks(1, 1), device.blocks(6, 4)])
+        .unwrap();
     assert_eq!(
         ranges(driver.accepted()),
-        [device.blocks(0, 1), device.blocks(2, 4), device.blocks(10, 6)]
+        [
+            device.blocks(0, 1),
+            device.blocks(2, 4),
+            device.blocks(10, 6)
+        ]
     );
     device.assert_settled(&driver);
 }
@@ -126,10 +149,15 @@ fn release_23_what_the_device_would_refuse_is_not_sent() {
     assert!(matches!(error, DeviceError::Misaligned { .. }), "{error}");
     let error = driver.release(&[device.blocks(3, 2)]).unwrap_err();
     assert!(matches!(error, DeviceError::NotHeld { .. }), "{error}");
-    let error = driver.release(&[range(u64::MAX - 1, u64::MAX)]).unwrap_err();
+    let error = driver
+        .release(&[range(u64::MAX - 1, u64::MAX)])
+        .unwrap_err();
     assert!(matches!(error, DeviceError::NotHeld { .. }), "{error}");
     let error = driver.release(&[device.blocks(10, 2)]).unwrap_err();
-    assert!(matches!(error, DeviceError::PartOfTagGroup { .. }), "{error}");
+    assert!(
+        matches!(error, DeviceError::PartOfTagGroup { .. }),
+        "{error}"
+    );
     assert_eq!(driver.accepted(), held);
     assert_eq!(device.model.audit().count(0x4803), 0);
 }
@@ -175,11 +203,20 @@ fn release_25_forced_release_takes_effect_at_once_and_is_not_answered() {
     assert_eq!(
         driver.poll().unwrap(),
         [
-            DeviceEvent::ForcedRelease { range: device.blocks(1, 2), tag: ExtentTag::NULL },
-            DeviceEvent::ForcedRelease { range: device.blocks(10, 1), tag: tag(3) },
+            DeviceEvent::ForcedRelease {
+                range: device.blocks(1, 2),
+                tag: ExtentTag::NULL
+            },
+            DeviceEvent::ForcedRelease {
+                range: device.blocks(10, 1),
+                tag: tag(3)
+            },
         ]
     );
-    assert_eq!(ranges(driver.accepted()), [device.blocks(0, 1), device.blocks(3, 1)]);
+    assert_eq!(
+        ranges(driver.accepted()),
+        [device.blocks(0, 1), device.blocks(3, 1)]
+    );
     assert_eq!(driver.counters().bytes_forced, 3 * BLOCK);
     assert_eq!(device.model.audit().count(0x4803), 0);
     device.assert_settled(&driver);
@@ -210,11 +247,17 @@ fn release_27_release_of_unknown_outcome_is_looked_up() {
         driver.poll().unwrap();
         device.model.inject(Fault::on(0x4803, fault));
         let error = driver.release(&[device.blocks(1, 1)]).unwrap_err();
-        assert!(matches!(error, DeviceError::Mailbox(MailboxError::Timeout { .. })), "{error}");
+        assert!(
+            matches!(error, DeviceError::Mailbox(MailboxError::Timeout { .. })),
+            "{error}"
+        );
         device.model.reset();
         driver.poll().unwrap();
         assert_eq!(driver.accepted().len() == 2, released);
-        assert_eq!(driver.accepted()[0].range.start, Dpa(device.blocks(0, 1).start.0));
+        assert_eq!(
+            driver.accepted()[0].range.start,
+            Dpa(device.blocks(0, 1).start.0)
+        );
         device.assert_settled(&driver);
     }
 }

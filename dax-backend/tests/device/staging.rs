@@ -43,7 +43,9 @@ fn staging_03_single_record_is_a_group() {
     let offered = device.offer(&[device.blocks(7, 3)]);
     assert_eq!(
         driver.poll().unwrap(),
-        [DeviceEvent::Accepted { extents: offered.clone() }]
+        [DeviceEvent::Accepted {
+            extents: offered.clone()
+        }]
     );
     assert_eq!(device.model.audit().answers_to(0), 1);
     device.assert_settled(&driver);
@@ -55,7 +57,11 @@ fn staging_04_groups_are_answered_in_order_one_by_one() {
     // The later the group, the lower its DPA: no order but that of the events will do.
     device.offer(&[device.blocks(40, 1), device.blocks(44, 1)]);
     device.offer(&[device.blocks(30, 1)]);
-    device.offer(&[device.blocks(10, 1), device.blocks(14, 1), device.blocks(18, 1)]);
+    device.offer(&[
+        device.blocks(10, 1),
+        device.blocks(14, 1),
+        device.blocks(18, 1),
+    ]);
     let events = driver.poll().unwrap();
     let sizes: Vec<usize> = events
         .iter()
@@ -66,7 +72,10 @@ fn staging_04_groups_are_answered_in_order_one_by_one() {
         .collect();
     assert_eq!(sizes, [2, 1, 3]);
     let answers = device.model.audit().answers;
-    let answered: Vec<_> = answers.iter().map(|answer| (answer.group, answer.ranges)).collect();
+    let answered: Vec<_> = answers
+        .iter()
+        .map(|answer| (answer.group, answer.ranges))
+        .collect();
     assert_eq!(answered, [(Some(0), 2), (Some(1), 1), (Some(2), 3)]);
     device.assert_settled(&driver);
 }
@@ -122,7 +131,9 @@ fn staging_06_other_records_neither_enter_nor_close_a_group() {
 fn staging_07_nothing_is_used_before_the_device_confirms() {
     let (device, mut driver) = opened();
     let offered = device.offer(&[device.blocks(0, 1)]);
-    device.model.inject(Fault::on(0x4802, FaultKind::ReturnCode(0x04)));
+    device
+        .model
+        .inject(Fault::on(0x4802, FaultKind::ReturnCode(0x04)));
     assert!(matches!(driver.poll(), Err(DeviceError::Mailbox(_))));
     assert_eq!(driver.accepted(), [], "an error is no confirmation");
     // The device has consumed nothing, so the group is answered later.
@@ -137,12 +148,19 @@ fn staging_08_failure_to_prepare_leaves_an_extent_out() {
     let device = test_device(ModelConfig::default());
     let unusable = device.blocks(4, 1);
     let mut driver = device.open_with(choosing(move |extent| {
-        if extent.range == unusable { Preparation::Refused } else { Preparation::Whole }
+        if extent.range == unusable {
+            Preparation::Refused
+        } else {
+            Preparation::Whole
+        }
     }));
     device.offer(&[device.blocks(0, 1), unusable, device.blocks(8, 1)]);
     let events = driver.poll().unwrap();
     let (accepted, rejected) = outcome(&events);
-    assert_eq!(ranges(&accepted), [device.blocks(0, 1), device.blocks(8, 1)]);
+    assert_eq!(
+        ranges(&accepted),
+        [device.blocks(0, 1), device.blocks(8, 1)]
+    );
     assert_eq!(ranges(&rejected), [unusable]);
     assert_eq!(reasons(&events), [RejectReason::NotPrepared]);
     assert_eq!(device.model.audit().answers_to(0), 1);
@@ -157,6 +175,9 @@ fn staging_08_failure_after_the_answer_is_released() {
     driver.release(&[device.blocks(4, 1)]).unwrap();
     assert_eq!(ranges(driver.accepted()), [device.blocks(0, 1)]);
     assert_eq!(device.model.audit().count(0x4803), 1);
-    assert_eq!(driver.accepted()[0].range.start, Dpa(device.blocks(0, 1).start.0));
+    assert_eq!(
+        driver.accepted()[0].range.start,
+        Dpa(device.blocks(0, 1).start.0)
+    );
     device.assert_settled(&driver);
 }

@@ -17,8 +17,14 @@ use crate::wire::{Hook, tapped};
 const TIMEOUT: Duration = Duration::from_millis(20);
 
 fn impatient() -> DeviceConfig {
-    let staging = StagingLimits { timeout: TIMEOUT, max_extents: 4 };
-    DeviceConfig { staging, ..config() }
+    let staging = StagingLimits {
+        timeout: TIMEOUT,
+        max_extents: 4,
+    };
+    DeviceConfig {
+        staging,
+        ..config()
+    }
 }
 
 #[test]
@@ -29,7 +35,10 @@ fn stalls_15_group_without_end_is_rejected_once_and_its_tail_dropped() {
     offer.write(1);
     assert_eq!(driver.poll().unwrap(), []);
     sleep(TIMEOUT);
-    assert_eq!(reasons(&driver.poll().unwrap()), [RejectReason::GroupTimedOut]);
+    assert_eq!(
+        reasons(&driver.poll().unwrap()),
+        [RejectReason::GroupTimedOut]
+    );
     assert_eq!(driver.counters().group_timeouts, 1);
     let answers = device.model.audit().answers;
     assert_eq!((answers.len(), answers[0].ranges), (1, 0));
@@ -39,7 +48,11 @@ fn stalls_15_group_without_end_is_rejected_once_and_its_tail_dropped() {
     offer.write(1);
     assert_eq!(driver.poll().unwrap(), []);
     assert_eq!(driver.counters().records_discarded, 2);
-    assert_eq!(device.model.audit().answers.len(), 1, "a late end is no group");
+    assert_eq!(
+        device.model.audit().answers.len(),
+        1,
+        "a late end is no group"
+    );
     let offered = device.offer(&[device.blocks(20, 1)]);
     assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
     device.assert_settled(&driver);
@@ -75,7 +88,10 @@ fn stalls_15_end_that_waited_in_the_log_counts() {
 
 #[test]
 fn stalls_16_overflow_ends_the_group_with_what_came() {
-    let device = test_device(ModelConfig { event_log_depth: 8, ..ModelConfig::default() });
+    let device = test_device(ModelConfig {
+        event_log_depth: 8,
+        ..ModelConfig::default()
+    });
     let mut driver = device.open();
     let first = device.offer(&device.scattered(0, 12));
     let events = driver.poll().unwrap();
@@ -84,14 +100,21 @@ fn stalls_16_overflow_ends_the_group_with_what_came() {
     assert_eq!(driver.counters().overflows, 1);
     assert_eq!(device.model.audit().answers_to(0), 1);
     let second = device.offer(&device.scattered(100, 2));
-    assert_eq!(outcome(&driver.poll().unwrap()).0, second, "the next record starts a new group");
+    assert_eq!(
+        outcome(&driver.poll().unwrap()).0,
+        second,
+        "the next record starts a new group"
+    );
     device.assert_settled(&driver);
 }
 
 /// The log is longer than one read, and a new offer comes as soon as there is room in it again.
 #[test]
 fn stalls_16_group_behind_the_loss_is_its_own_group() {
-    let device = test_device(ModelConfig { event_log_depth: 20, ..ModelConfig::default() });
+    let device = test_device(ModelConfig {
+        event_log_depth: 20,
+        ..ModelConfig::default()
+    });
     let fabric = device.fabric.clone();
     let next: Vec<DpaRange> = device.scattered(100, 2);
     let mut offer_next = Some(next.clone());
@@ -125,12 +148,19 @@ fn stalls_16_group_behind_the_loss_is_its_own_group() {
 /// A group of which no record survived is pending all the same, and in the way of the next one.
 #[test]
 fn stalls_16_group_lost_whole_is_rejected_when_the_next_is_refused() {
-    let device = test_device(ModelConfig { event_log_depth: 8, ..ModelConfig::default() });
+    let device = test_device(ModelConfig {
+        event_log_depth: 8,
+        ..ModelConfig::default()
+    });
     let mut driver = device.open();
     device.offer(&device.scattered(0, 8));
     device.offer(&device.scattered(50, 2));
     driver.poll().unwrap();
-    assert_eq!(device.model.audit().groups_pending, 1, "nobody told the driver");
+    assert_eq!(
+        device.model.audit().groups_pending,
+        1,
+        "nobody told the driver"
+    );
     let third = device.offer(&device.scattered(100, 2));
     assert_eq!(outcome(&driver.poll().unwrap()).0, third);
     let audit = device.model.audit();
@@ -211,20 +241,31 @@ fn stalls_19_wrapping_extent_is_rejected_alone() {
 
 #[test]
 fn stalls_19_extent_over_a_held_one_is_rejected_alone() {
-    rejects_only(bad(BASE + 31 * BLOCK, BLOCK), RejectReason::OverlapsAccepted);
-    rejects_only(bad(BASE + 28 * BLOCK, 8 * BLOCK), RejectReason::OverlapsAccepted);
+    rejects_only(
+        bad(BASE + 31 * BLOCK, BLOCK),
+        RejectReason::OverlapsAccepted,
+    );
+    rejects_only(
+        bad(BASE + 28 * BLOCK, 8 * BLOCK),
+        RejectReason::OverlapsAccepted,
+    );
 }
 
 #[test]
 fn stalls_19_extent_over_another_of_its_group_is_rejected_alone() {
-    rejects_only(bad(BASE + 3 * BLOCK, 2 * BLOCK), RejectReason::OverlapsGroup);
+    rejects_only(
+        bad(BASE + 3 * BLOCK, 2 * BLOCK),
+        RejectReason::OverlapsGroup,
+    );
     rejects_only(bad(BASE, BLOCK), RejectReason::OverlapsGroup);
 }
 
 #[test]
 fn stalls_19_group_of_nothing_but_nonsense_is_rejected() {
     let (device, mut driver) = opened();
-    device.fabric.add_unchecked(&[bad(0, 0), bad(u64::MAX, u64::MAX)]);
+    device
+        .fabric
+        .add_unchecked(&[bad(0, 0), bad(u64::MAX, u64::MAX)]);
     assert_eq!(driver.poll().unwrap().len(), 1);
     assert_eq!(device.model.audit().answers_to(0), 1);
     device.assert_settled(&driver);

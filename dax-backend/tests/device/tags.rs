@@ -7,7 +7,7 @@ use dax_backend::model::{AddPolicy, AddRequest, FabricError, ModelConfig, ModelR
 use dax_backend::staging::{Preparation, RejectReason};
 
 use crate::bench::{
-    BLOCK, MIB, Driver, TestDevice, choosing, opened, outcome, range, ranges, reasons, tag,
+    BLOCK, Driver, MIB, TestDevice, choosing, opened, outcome, range, ranges, reasons, tag,
     test_device,
 };
 
@@ -52,10 +52,16 @@ fn tags_29_untagged_extents_are_independent() {
     let asked = driver.poll().unwrap();
     assert_eq!(
         asked,
-        [DeviceEvent::ReleaseRequested { range: device.blocks(4, 1), tag: ExtentTag::NULL }]
+        [DeviceEvent::ReleaseRequested {
+            range: device.blocks(4, 1),
+            tag: ExtentTag::NULL
+        }]
     );
     driver.release(&[device.blocks(4, 1)]).unwrap();
-    assert_eq!(ranges(driver.accepted()), [device.blocks(0, 1), device.blocks(8, 1)]);
+    assert_eq!(
+        ranges(driver.accepted()),
+        [device.blocks(0, 1), device.blocks(8, 1)]
+    );
     device.assert_settled(&driver);
 }
 
@@ -85,30 +91,54 @@ fn tags_30_sequence_is_all_zero_or_counts_from_zero() {
 
 #[test]
 fn tags_30_broken_sequence_is_rejected() {
-    for sequence in [&[1][..], &[0, 2], &[0, 1, 1], &[0, 0, 1], &[1, 2, 3], &[0, u16::MAX]] {
+    for sequence in [
+        &[1][..],
+        &[0, 2],
+        &[0, 1, 1],
+        &[0, 0, 1],
+        &[1, 2, 3],
+        &[0, u16::MAX],
+    ] {
         let (device, mut driver) = opened();
         offer_sequence(&device, sequence);
         let reasons = reasons(&driver.poll().unwrap());
-        assert_eq!(reasons, vec![RejectReason::BadSequence; sequence.len()], "{sequence:?}");
+        assert_eq!(
+            reasons,
+            vec![RejectReason::BadSequence; sequence.len()],
+            "{sequence:?}"
+        );
         assert_eq!(driver.accepted(), []);
         device.assert_settled(&driver);
     }
 }
 
 fn sharable() -> ModelConfig {
-    let shared = ModelRegion { sharable: true, ..ModelRegion::of(256 * MIB) };
-    ModelConfig { dc_regions: vec![ModelRegion::of(256 * MIB), shared], ..ModelConfig::default() }
+    let shared = ModelRegion {
+        sharable: true,
+        ..ModelRegion::of(256 * MIB)
+    };
+    ModelConfig {
+        dc_regions: vec![ModelRegion::of(256 * MIB), shared],
+        ..ModelConfig::default()
+    }
 }
 
 fn shared(policy: AddPolicy) -> AddRequest {
-    AddRequest { policy, region: 1, tag: tag(5) }
+    AddRequest {
+        policy,
+        region: 1,
+        tag: tag(5),
+    }
 }
 
 /// Another host has three extents under tag 5; this one comes to share them.
 fn join(device: &TestDevice, driver: &mut Driver) -> (Vec<Extent>, Vec<DeviceEvent>) {
     let lens = AddPolicy::Contiguous(vec![BLOCK, 2 * BLOCK, BLOCK]);
     let extents = device.fabric.add_elsewhere(&shared(lens)).unwrap();
-    let offered = device.fabric.add(&shared(AddPolicy::EnableSharedAccess)).unwrap();
+    let offered = device
+        .fabric
+        .add(&shared(AddPolicy::EnableSharedAccess))
+        .unwrap();
     assert_eq!(offered, extents);
     let sequence: Vec<u16> = extents.iter().map(|extent| extent.shared_seq).collect();
     assert_eq!(sequence, [0, 1, 2]);
@@ -130,7 +160,11 @@ fn tags_31_shared_tag_is_taken_whole_or_not_at_all() {
     let mut offers = 0;
     let mut driver = device.open_with(choosing(move |_| {
         offers += 1;
-        if offers == 2 { Preparation::Refused } else { Preparation::Whole }
+        if offers == 2 {
+            Preparation::Refused
+        } else {
+            Preparation::Whole
+        }
     }));
     let (_, events) = join(&device, &mut driver);
     assert_eq!(
@@ -143,7 +177,10 @@ fn tags_31_shared_tag_is_taken_whole_or_not_at_all() {
     );
     assert_eq!(driver.accepted(), []);
     let answers = device.model.audit().answers;
-    assert_eq!((answers.len(), answers[0].ranges, answers[0].code), (1, 0, 0));
+    assert_eq!(
+        (answers.len(), answers[0].ranges, answers[0].code),
+        (1, 0, 0)
+    );
     device.assert_settled(&driver);
 }
 
@@ -156,7 +193,10 @@ fn tags_31_sharing_needs_a_tag_that_somebody_has() {
         tag: ExtentTag::NULL,
         ..shared(AddPolicy::Free(vec![BLOCK]))
     };
-    assert_eq!(device.fabric.add(&untagged), Err(FabricError::TagNeeded { region: 1 }));
+    assert_eq!(
+        device.fabric.add(&untagged),
+        Err(FabricError::TagNeeded { region: 1 })
+    );
 }
 
 #[test]
@@ -167,11 +207,21 @@ fn tags_32_tag_across_regions_is_rejected() {
     });
     let mut driver = device.open();
     let other: DpaRange = range(device.fabric.region_base(1).unwrap().0, BLOCK);
-    let tagged = |range| Extent { tag: tag(1), ..Extent::untagged(range) };
-    device.fabric.add_unchecked(&[tagged(device.blocks(0, 1)), tagged(other)]);
-    assert_eq!(reasons(&driver.poll().unwrap()), [RejectReason::TagSpansRegions; 2]);
+    let tagged = |range| Extent {
+        tag: tag(1),
+        ..Extent::untagged(range)
+    };
+    device
+        .fabric
+        .add_unchecked(&[tagged(device.blocks(0, 1)), tagged(other)]);
+    assert_eq!(
+        reasons(&driver.poll().unwrap()),
+        [RejectReason::TagSpansRegions; 2]
+    );
     // Untagged extents of one group may come from anywhere.
-    device.fabric.add_unchecked(&[device.blocks(0, 1), other].map(Extent::untagged));
+    device
+        .fabric
+        .add_unchecked(&[device.blocks(0, 1), other].map(Extent::untagged));
     assert_eq!(outcome(&driver.poll().unwrap()).0.len(), 2);
     device.assert_settled(&driver);
 }

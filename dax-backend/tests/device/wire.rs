@@ -30,7 +30,11 @@ struct Wire<T> {
 
 /// `mmio` with `tap` in between.
 pub(crate) fn tapped(mmio: Box<dyn Mmio>, tap: impl Tap + 'static) -> Box<dyn Mmio> {
-    Box::new(Wire { mmio, tap, opcode: 0 })
+    Box::new(Wire {
+        mmio,
+        tap,
+        opcode: 0,
+    })
 }
 
 impl<T: Tap> Mmio for Wire<T> {
@@ -150,11 +154,17 @@ pub(crate) struct SharedJournal {
 
 impl SharedJournal {
     pub(crate) fn new() -> Self {
-        Self { entry: Arc::default(), crash: Crash::after(i64::MAX) }
+        Self {
+            entry: Arc::default(),
+            crash: Crash::after(i64::MAX),
+        }
     }
 
     pub(crate) fn with(&self, crash: Crash) -> Self {
-        Self { entry: Arc::clone(&self.entry), crash }
+        Self {
+            entry: Arc::clone(&self.entry),
+            crash,
+        }
     }
 }
 
