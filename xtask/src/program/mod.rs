@@ -3,7 +3,7 @@
 mod gcc;
 mod python;
 mod redis;
-mod sqlite;
+pub(crate) mod sqlite;
 
 use std::process::Command;
 use std::time::Duration;
