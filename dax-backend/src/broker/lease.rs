@@ -290,12 +290,21 @@ impl LeaseTable {
         })
     }
 
-    /// Notes that `range`, still free, reads as zero; `warm`: from one huge page.
-    pub(super) fn zeroed(&mut self, range: WindowRange, warm: bool) {
+    /// Notes that `range` was wiped.
+    pub(super) fn zeroed(&mut self, range: WindowRange) {
         for index in granules(range) {
-            if self.slots[index].is_free() {
-                self.set(index, if warm { Slot::Warm } else { Slot::Clean });
+            if self.slots[index] == Slot::Dirty {
+                self.set(index, Slot::Clean);
             }
+        }
+    }
+
+    /// Notes that the granule at `offset` is one huge page. If somebody has
+    /// leased it meanwhile, or has had it, that is of no use to the table.
+    pub(super) fn warmed(&mut self, offset: u64) {
+        let index = (offset / GRANULE) as usize;
+        if self.slots[index] == Slot::Clean {
+            self.set(index, Slot::Warm);
         }
     }
 
@@ -432,7 +441,7 @@ mod tests {
         table.give_back(A, range_of(0, 2)).unwrap();
         assert_eq!(table.grant(B, GRANULE), []);
         assert_eq!(table.next_dirty(), Some(range_of(0, 2)));
-        table.zeroed(range_of(0, 1), false);
+        table.zeroed(range_of(0, 1));
         assert_eq!(granules_of(&table.grant(B, 2 * GRANULE)), [0]);
     }
 
@@ -546,7 +555,8 @@ mod tests {
                     2 => drop(table.give_back(A, range)),
                     3 => drop(table.end(B)),
                     4 => if let Some(dirty) = table.next_dirty() {
-                        table.zeroed(dirty, count % 2 == 0);
+                        table.zeroed(dirty);
+                        table.warmed(dirty.offset);
                     },
                     5 => drop(table.mark_free(count as u64 * GRANULE)),
                     _ => drop(table.sync(&all[..index % 4], |_| count % 2 == 0)),

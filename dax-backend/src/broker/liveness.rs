@@ -69,6 +69,11 @@ impl Probe {
         self.next
     }
 
+    /// Whether a process that died would be gone by now: somebody lives on.
+    pub(super) fn is_hopeless(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) >= Duration::from_millis(200)
+    }
+
     /// Notes a look in vain. Mappings of a dead process go within milliseconds;
     /// whoever lives on may do so for days.
     pub(super) fn again(&mut self, now: Instant) {

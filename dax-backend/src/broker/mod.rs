@@ -10,7 +10,8 @@
 //! - [`server`] is the loop, `session` the clients, `adding` the device's
 //!   events, `recall` and `refusal` the way back, `report` the operator.
 //! - `lease` and `outgoing` are the table of who holds which granule, without
-//!   any I/O; `liveness` says when a lease ends, `scrub` wipes what it leaves.
+//!   any I/O; `liveness` says when a lease ends, `scrub` wipes what it leaves,
+//!   `warmer` has huge pages ready.
 
 mod adding;
 pub mod admin;
@@ -20,6 +21,7 @@ mod connection;
 mod lease;
 pub mod listener;
 mod liveness;
+mod mapping;
 mod outgoing;
 pub mod peer;
 pub mod protocol;
@@ -32,6 +34,7 @@ pub mod server;
 mod session;
 mod socket;
 pub mod status;
+mod warmer;
 
 pub use client::{BrokerClient, ClientError, ConnectError, FromBroker, RecallOutcome, Welcome};
 pub use client_page::{ClientPage, ClientPageMapping, ClientStats};

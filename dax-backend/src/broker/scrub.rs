@@ -1,12 +1,14 @@
-//! The broker's own mapping of the window: wiping, and making huge pages ready.
+//! The window as the broker has it: mapped, to wipe what a lease leaves behind.
+#![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::ptr::{self, NonNull};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use super::mapping::Mapping;
 
 use super::protocol::{GRANULE, WindowRange};
 
@@ -17,59 +19,15 @@ use super::protocol::{GRANULE, WindowRange};
 pub struct Window {
     fd: OwnedFd,
     base: u64,
-    len: u64,
-    /// Start of the reservation, of `len + GRANULE` bytes.
-    reservation: NonNull<u8>,
-    /// Start of the window in it, aligned to a granule so that huge pages fit.
-    start: NonNull<u8>,
+    mapping: Arc<Mapping>,
 }
-
-// SAFETY: the window is memory shared with other processes and only reached
-// through raw pointers in `&mut self` methods; the descriptor is plain data.
-unsafe impl Send for Window {}
 
 impl Window {
     /// Maps `len` bytes (rounded down to granules) of `fd` from `base`, which
     /// must be a multiple of the page size; of the granule for huge pages.
     pub fn map(fd: OwnedFd, base: u64, len: u64) -> Result<Self, Errno> {
-        let len = len - len % GRANULE;
-        if len == 0 {
-            return Err(Errno::INVAL);
-        }
-        let size = usize::try_from(len + GRANULE).map_err(|_| Errno::NOMEM)?;
-        // SAFETY: a new reservation at an address of the kernel's choice.
-        let reserved = unsafe {
-            mmap_anonymous(
-                ptr::null_mut(),
-                size,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }?;
-        let reservation = NonNull::new(reserved.cast::<u8>()).ok_or(Errno::FAULT)?;
-        let skip = reserved.align_offset(GRANULE as usize);
-        // SAFETY: `skip` is less than a granule, which the reservation has to spare.
-        let start = unsafe { reservation.add(skip) };
-        let window = Self {
-            fd,
-            base,
-            len,
-            reservation,
-            start,
-        };
-        // SAFETY: replaces part of our own, still unused reservation: `skip +
-        // len` is below `len + GRANULE`.
-        unsafe {
-            mmap(
-                start.as_ptr().cast(),
-                len as usize,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
-                &window.fd,
-                base,
-            )
-        }?;
-        Ok(window)
+        let mapping = Arc::new(Mapping::new(fd.as_fd(), base, len - len % GRANULE)?);
+        Ok(Self { fd, base, mapping })
     }
 
     /// The file.
@@ -83,13 +41,13 @@ impl Window {
     }
 
     /// Bytes of the window.
+    #[expect(clippy::len_without_is_empty, reason = "a window is never empty")]
     pub fn len(&self) -> u64 {
-        self.len
+        self.mapping.len()
     }
 
-    /// Whether the window shows nothing; never, a window has at least a granule.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
+    pub(super) fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
     }
 
     /// Zeroes `range` from its start until `budget` is used up, at least one
@@ -103,7 +61,7 @@ impl Window {
                 Some(data) if data >= range.end() => done = range.end(),
                 Some(data) if data >= done + GRANULE => done = data - data % GRANULE,
                 _ => {
-                    self.fill_zero(done);
+                    self.mapping.fill_zero(done);
                     done += GRANULE;
                     if started.elapsed() >= budget {
                         break;
@@ -128,35 +86,6 @@ impl Window {
         }
     }
 
-    fn fill_zero(&mut self, offset: u64) {
-        assert!(offset.is_multiple_of(GRANULE) && offset < self.len);
-        // SAFETY: one granule inside the mapping. It is free: no process of
-        // ours maps it, and this is memory of another process at worst, never
-        // a Rust object of this one.
-        unsafe {
-            ptr::write_bytes(
-                self.start.as_ptr().add(offset as usize),
-                0,
-                GRANULE as usize,
-            )
-        };
-    }
-
-    /// Makes the free and zeroed granule at `offset` present as one huge page
-    /// (`MADV_COLLAPSE`, Linux 6.1), so that a client's first touch takes one
-    /// fault instead of 512. A few milliseconds. `false` where that is impossible.
-    pub(super) fn warm(&mut self, offset: u64) -> bool {
-        assert!(offset.is_multiple_of(GRANULE) && offset < self.len);
-        // SAFETY: as in `fill_zero`; the byte is zero already, writing it makes
-        // the page table that collapsing needs.
-        let collapsed = unsafe {
-            let granule = self.start.as_ptr().add(offset as usize);
-            granule.write_volatile(0);
-            libc::madvise(granule.cast(), GRANULE as usize, libc::MADV_COLLAPSE)
-        };
-        collapsed == 0
-    }
-
     /// Wipes `range` before it leaves: whoever gets it next need not be careful.
     /// A memfd gives its pages back to the system.
     pub(super) fn discard(&mut self, range: WindowRange) {
@@ -164,14 +93,6 @@ impl Window {
         if fallocate(&self.fd, flags, self.base + range.offset, range.len).is_err() {
             self.zero(range, Duration::MAX);
         }
-    }
-}
-
-impl Drop for Window {
-    fn drop(&mut self) {
-        let size = (self.len + GRANULE) as usize;
-        // SAFETY: the whole reservation, made in `map`; nothing points into it.
-        let _ = unsafe { munmap(self.reservation.as_ptr().cast(), size) };
     }
 }
 

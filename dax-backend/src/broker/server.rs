@@ -16,12 +16,13 @@ use super::adding::PendingAdd;
 use super::connection::{Connection, ConnectionId, Phase};
 use super::lease::{ClientId, LeaseTable, Synced};
 use super::listener::Listener;
-use super::protocol::{GRANULE, WindowRange};
+use super::protocol::GRANULE;
 use super::recall::Recalls;
 use super::report::Runs;
 use super::scrub::Window;
 use super::session::Client;
 use super::status::BrokerCounters;
+use super::warmer::Warmer;
 use crate::capacity::CapacityDevice;
 use crate::orchestrator::Orchestrator;
 
@@ -90,6 +91,8 @@ pub struct Broker {
     next_connection: u64,
     next_poll: Instant,
     busy_until: Instant,
+    warmer: Option<Warmer>,
+    /// Whether huge pages can be had; tried again when capacity changes.
     warming: bool,
 }
 
@@ -105,6 +108,9 @@ impl Broker {
         let now = Instant::now();
         let mut span = device.dc_span();
         span.len = span.len.min(window.len());
+        let warmer = (config.warm_reserve > 0)
+            .then(|| Warmer::start(window.mapping().clone()).ok())
+            .flatten();
         let table = LeaseTable::new(span, device.block_size());
         let mut broker = Self {
             device,
@@ -131,7 +137,8 @@ impl Broker {
             next_connection: 1,
             next_poll: now,
             busy_until: now + BUSY_FOR,
-            warming: config.warm_reserve > 0,
+            warmer,
+            warming: true,
         };
         broker.sync_capacity();
         broker
@@ -181,6 +188,10 @@ impl Broker {
             PollFd::new(listener, PollFlags::IN),
             PollFd::new(&stop.event, PollFlags::IN),
         ];
+        if let Some(warmer) = &self.warmer {
+            fds.push(PollFd::new(warmer, PollFlags::IN));
+        }
+        let first = fds.len();
         for connection in self.connections.values() {
             let mut interest = PollFlags::IN;
             if connection.is_blocked() {
@@ -204,7 +215,7 @@ impl Broker {
             Err(errno) => return Err(errno),
         }
         let fired = |fd: &PollFd<'_>| !fd.revents().is_empty();
-        let (sockets, pidfds) = fds[2..].split_at(self.connections.len());
+        let (sockets, pidfds) = fds[first..].split_at(self.connections.len());
         Ok(Ready {
             listener: fired(&fds[0]),
             connections: self
@@ -230,9 +241,6 @@ impl Broker {
         wake = wake.min(self.recalls.deadline().unwrap_or(wake));
         for client in self.clients.values() {
             wake = wake.min(client.probe_due().unwrap_or(wake));
-        }
-        if self.next_to_warm().is_some() {
-            wake = wake.min(now + POLL_BUSY);
         }
         wake
     }
@@ -282,7 +290,7 @@ impl Broker {
             .table
             .sync(device.accepted(), |range| device.sanitizes(range));
         if synced.gained > 0 {
-            self.warming = self.config.warm_reserve > 0;
+            self.warming = true;
         }
         synced
     }
@@ -293,7 +301,7 @@ impl Broker {
         while let Some(range) = self.table.next_dirty() {
             let left = until.saturating_duration_since(Instant::now());
             let zeroed = self.window.zero(range, left);
-            self.table.zeroed(zeroed, false);
+            self.table.zeroed(zeroed);
             self.counters.wiped_bytes += zeroed.len;
             if left.is_zero() {
                 break;
@@ -301,25 +309,24 @@ impl Broker {
         }
     }
 
-    fn next_to_warm(&self) -> Option<WindowRange> {
-        let reserve = (self.config.warm_reserve / GRANULE) as usize;
-        self.warming.then(|| self.table.next_cold(reserve))?
-    }
-
-    /// Makes one free granule a huge page. Takes milliseconds, so only one a
-    /// turn, and only when nothing else is waiting.
+    /// Keeps some free memory ready as huge pages.
     fn warm(&mut self) {
-        let Some(granule) = self.next_to_warm() else {
+        let Some(warmer) = &mut self.warmer else {
             return;
         };
-        if self.table.next_dirty().is_some() {
-            return;
+        if let Some(warmed) = warmer.finished() {
+            if warmed.huge {
+                self.table.warmed(warmed.offset);
+            } else {
+                self.warming = false;
+            }
         }
-        if self.window.warm(granule.offset) {
-            self.table.zeroed(granule, true);
-        } else {
-            // No huge page to be had, or none supported: until capacity changes.
-            self.warming = false;
+        let reserve = (self.config.warm_reserve / GRANULE) as usize;
+        if self.warming
+            && warmer.is_idle()
+            && let Some(granule) = self.table.next_cold(reserve)
+        {
+            warmer.order(granule.offset);
         }
     }
 }

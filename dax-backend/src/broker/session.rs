@@ -344,19 +344,21 @@ impl Broker {
             client.requests.clear();
             client.starving = false;
             client.probe.get_or_insert(Probe::start(now));
-            self.recall_unanswerable(client_id, now);
         }
     }
 
     /// Ends the leases of clients that nobody maps any more.
     pub(super) fn probe_clients(&mut self, now: Instant) {
-        let mut ended = Vec::new();
+        let (mut ended, mut silent) = (Vec::new(), Vec::new());
         for (id, client) in &mut self.clients {
             if let Some(probe) = client.probe.as_mut().filter(|probe| probe.due() <= now) {
                 if client.liveness.ended() {
                     ended.push(*id);
                 } else {
                     probe.again(now);
+                    if client.connection.is_none() && probe.is_hopeless(now) {
+                        silent.push(*id);
+                    }
                 }
             }
         }
@@ -373,6 +375,9 @@ impl Broker {
             self.runs.ended(client.report(true));
             self.claim_for_recall();
             self.release_marked();
+            self.recall_unanswerable(id, now);
+        }
+        for id in silent {
             self.recall_unanswerable(id, now);
         }
     }

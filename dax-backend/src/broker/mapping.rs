@@ -1,0 +1,106 @@
+//! The broker's own mapping of the window's file.
+
+use std::os::fd::BorrowedFd;
+use std::ptr::{self, NonNull};
+
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use super::protocol::GRANULE;
+
+/// All of the window, mapped at once; only what is accepted is touched.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    len: u64,
+    /// Start of the reservation, of `len + GRANULE` bytes.
+    reservation: NonNull<u8>,
+    /// Start of the window in it, aligned to a granule so that huge pages fit.
+    start: NonNull<u8>,
+}
+
+// SAFETY: the pointers stay valid until drop and are only used for raw memory
+// that other processes share anyway; no reference to it is ever made.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes, whole granules, of `fd` from `base`.
+    pub(super) fn new(fd: BorrowedFd<'_>, base: u64, len: u64) -> Result<Self, Errno> {
+        if len == 0 || !len.is_multiple_of(GRANULE) {
+            return Err(Errno::INVAL);
+        }
+        let size = usize::try_from(len + GRANULE).map_err(|_| Errno::NOMEM)?;
+        // SAFETY: a new reservation at an address of the kernel's choice.
+        let reserved = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                size,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }?;
+        let reservation = NonNull::new(reserved.cast::<u8>()).ok_or(Errno::FAULT)?;
+        let skip = reserved.cast::<u8>().align_offset(GRANULE as usize);
+        // SAFETY: `skip` is less than a granule, which the reservation has to spare.
+        let start = unsafe { reservation.add(skip) };
+        // From here on `mapping` unmaps what there is.
+        let mapping = Self {
+            len,
+            reservation,
+            start,
+        };
+        // SAFETY: replaces part of our own, still unused reservation: `skip +
+        // len` is below `len + GRANULE`.
+        unsafe {
+            mmap(
+                start.as_ptr().cast(),
+                len as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+                fd,
+                base,
+            )
+        }?;
+        Ok(mapping)
+    }
+
+    /// Bytes.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn granule(&self, offset: u64) -> NonNull<u8> {
+        assert!(offset.is_multiple_of(GRANULE) && offset < self.len);
+        // SAFETY: inside the mapping.
+        unsafe { self.start.add(offset as usize) }
+    }
+
+    /// Zeroes the granule at `offset`, which is free: no client maps it.
+    pub(super) fn fill_zero(&self, offset: u64) {
+        let granule = self.granule(offset);
+        // SAFETY: one granule of mapped memory that is no Rust object.
+        unsafe { ptr::write_bytes(granule.as_ptr(), 0, GRANULE as usize) };
+    }
+
+    /// Makes the granule at `offset` present as one huge page (`MADV_COLLAPSE`,
+    /// Linux 6.1). Its contents stay as they are, whoever uses it meanwhile.
+    /// Takes milliseconds. `false` where it can't be done.
+    pub(super) fn collapse(&self, offset: u64) -> bool {
+        let granule = self.granule(offset).as_ptr().cast();
+        // Collapsing needs a page table, so a first page is faulted in.
+        // SAFETY: neither call changes what the memory says.
+        unsafe {
+            libc::madvise(granule, 4096, libc::MADV_POPULATE_WRITE) == 0
+                && libc::madvise(granule, GRANULE as usize, libc::MADV_COLLAPSE) == 0
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        let size = (self.len + GRANULE) as usize;
+        // SAFETY: the whole reservation, made in `new`; nothing points into it.
+        let _ = unsafe { munmap(self.reservation.as_ptr().cast(), size) };
+    }
+}

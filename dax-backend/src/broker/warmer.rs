@@ -1,0 +1,88 @@
+//! Huge pages ahead of need, on a thread of their own.
+//!
+//! A client that touches a fresh granule of a memfd takes 512 page faults, and
+//! one where the granule is a huge page already. Making it one takes
+//! milliseconds, which the broker's loop does not have.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::mapping::Mapping;
+
+/// The thread, and the granule it is working on.
+#[derive(Debug)]
+pub(super) struct Warmer {
+    orders: Sender<u64>,
+    done: Receiver<Warmed>,
+    event: Arc<OwnedFd>,
+    busy: bool,
+}
+
+/// What became of a granule.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Warmed {
+    /// Where it is in the window.
+    pub(super) offset: u64,
+    /// Whether it is one huge page now.
+    pub(super) huge: bool,
+}
+
+impl Warmer {
+    /// Starts the thread. It ends when the warmer is dropped.
+    pub(super) fn start(mapping: Arc<Mapping>) -> io::Result<Self> {
+        let event = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let (orders, incoming) = channel();
+        let (outgoing, done) = channel();
+        let bell = event.clone();
+        thread::Builder::new()
+            .name("dcm-warm".into())
+            .spawn(move || {
+                // Programs come first. Linux takes 0 for the calling thread.
+                // SAFETY: changes a priority; failing is harmless.
+                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+                for offset in incoming {
+                    let huge = mapping.collapse(offset);
+                    if outgoing.send(Warmed { offset, huge }).is_err() {
+                        return;
+                    }
+                    let _ = rustix::io::write(&bell, &1u64.to_ne_bytes());
+                }
+            })?;
+        Ok(Self {
+            orders,
+            done,
+            event,
+            busy: false,
+        })
+    }
+
+    /// Whether it can take an order.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.busy
+    }
+
+    /// Has the granule at `offset` made a huge page.
+    pub(super) fn order(&mut self, offset: u64) {
+        self.busy = self.orders.send(offset).is_ok();
+    }
+
+    /// What has become of the last order, if it is done.
+    pub(super) fn finished(&mut self) -> Option<Warmed> {
+        let _ = rustix::io::read(&self.event, &mut [0u8; 8]);
+        let warmed = self.done.try_recv().ok()?;
+        self.busy = false;
+        Some(warmed)
+    }
+}
+
+impl AsFd for Warmer {
+    /// Readable when an order is done.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}

@@ -1,0 +1,96 @@
+//! Capacity that comes: offers, groups, restarts.
+
+use std::time::{Duration, Instant};
+
+use dax_backend::broker::admin::{AdminReply, AdminRequest};
+use dax_backend::broker::{FromBroker, GRANULE};
+use dax_backend::extent::ExtentTag;
+use dax_backend::orchestrator::Orchestrator;
+
+use crate::rig::{Rig, Setup, is_zero, total};
+
+#[test]
+fn an_operators_group_is_accepted_in_one_answer_and_usable() {
+    let rig = Rig::new(&[]);
+    let sizes = vec![4 * GRANULE, 8 * GRANULE, 2 * GRANULE];
+    let tag = Some(uuid::Uuid::from_u128(9));
+    let reply = rig.ask(&AdminRequest::Add { sizes, tag }).unwrap();
+    let AdminReply::Added(added) = reply else {
+        panic!("{reply:?}");
+    };
+    assert_eq!((added.accepted.len(), added.rejected.len()), (3, 0));
+    assert_eq!(added.accepted, added.offered);
+    let status = rig.status();
+    assert_eq!(status.device.counters.groups_answered, 1);
+    assert_eq!(status.extents[0].tag, tag);
+    let client = rig.client();
+    let (ranges, _) = client.lease(14);
+    assert_eq!(total(&ranges), 14 * GRANULE);
+    assert!(is_zero(client.memory(), &ranges));
+}
+
+#[test]
+fn more_than_the_fabric_has_is_refused_in_its_words() {
+    let rig = Rig::new(&[8]);
+    let error = rig.ask(&AdminRequest::Add {
+        sizes: vec![1 << 40],
+        tag: None,
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("bytes are free"), "{error}");
+}
+
+#[test]
+fn without_an_orchestrator_add_says_who_can() {
+    let rig = Rig::with(Setup {
+        orchestrator: false,
+        ..Setup::default()
+    });
+    let error = rig.ask(&AdminRequest::Add {
+        sizes: vec![GRANULE],
+        tag: None,
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(
+        error.contains("no orchestrator") && error.contains("fabric manager"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_new_broker_adopts_what_the_device_has_accepted() {
+    let mut rig = Rig::new(&[4, 4]);
+    rig.stop();
+    let again = Rig::over(
+        rig.model.clone(),
+        Setup {
+            offer: &[],
+            ..Setup::default()
+        },
+    );
+    let status = again.status();
+    assert_eq!(status.capacity.accepted, 8 * GRANULE);
+    assert_eq!(status.device.counters.extents_adopted, 2);
+    assert_eq!(total(&again.client().lease(8).0), 8 * GRANULE);
+}
+
+#[test]
+fn an_offer_becomes_usable_memory_in_less_than_five_milliseconds() {
+    let rig = Rig::new(&[]);
+    let client = rig.client();
+    let mut fabric = rig.model.fabric();
+    let mut times = Vec::new();
+    for _ in 0..21 {
+        assert!(client.lease(3).1, "there should be nothing to lease");
+        let started = Instant::now();
+        Orchestrator::add(&mut fabric, &[GRANULE; 3], ExtentTag::NULL).unwrap();
+        assert_eq!(client.next(), FromBroker::CapacityAvailable);
+        let (ranges, exhausted) = client.lease(3);
+        times.push(started.elapsed());
+        assert_eq!((total(&ranges), exhausted), (3 * GRANULE, false));
+    }
+    times.sort();
+    let median = times[times.len() / 2];
+    println!("offer of 3 extents to leased memory: {median:?} (p50)");
+    assert!(median < Duration::from_millis(5), "{times:?}");
+}

@@ -1,0 +1,8 @@
+//! The broker over the software device, with real processes as clients.
+
+mod admission;
+mod capacity;
+mod leases;
+mod process;
+mod recalls;
+mod rig;

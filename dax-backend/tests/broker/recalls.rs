@@ -1,0 +1,383 @@
+//! Memory asked back: by the operator, by the device, by force.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use dax_backend::broker::admin::{AdminRequest, ReleaseTarget};
+use dax_backend::broker::receipt::{DpaSpan, HexDpa, Origin};
+use dax_backend::broker::{GRANULE, RecallOutcome, RefusalReason, WindowRange};
+use dax_backend::extent::ExtentTag;
+use dax_backend::model::{Fault, FaultKind, ReleasePolicy};
+use dax_backend::orchestrator::Orchestrator;
+
+use crate::process::{Forked, lease_and_scribble};
+use crate::rig::{Rig, Setup, total};
+
+const MIB: u64 = 1 << 20;
+
+fn outcome(purged: u64, rebound: u64, refused: u64) -> RecallOutcome {
+    RecallOutcome {
+        purged: purged * GRANULE,
+        rebound: rebound * GRANULE,
+        refused: refused * GRANULE,
+        reason: RefusalReason::Pinned,
+    }
+}
+
+fn listed_bytes(rig: &mut Rig) -> u64 {
+    rig.listed().iter().map(|extent| extent.range.len).sum()
+}
+
+#[test]
+fn free_capacity_goes_back_to_the_device_at_once() {
+    let mut rig = Rig::new(&[32, 32]);
+    let receipt = rig.release(ReleaseTarget::Bytes(48 * GRANULE), 1000);
+    assert_eq!(receipt.returned_free, 48 * GRANULE);
+    assert_eq!(receipt.refused, []);
+    assert_eq!(receipt.origin, Origin::Operator);
+    assert_eq!(rig.status().capacity.accepted, 16 * GRANULE);
+    assert_eq!(rig.status().receipts, [receipt]);
+    assert_eq!(listed_bytes(&mut rig), 16 * GRANULE);
+    assert_eq!(rig.model.audit().violations, Vec::<String>::new());
+}
+
+#[test]
+fn clients_return_what_is_not_free_and_say_how() {
+    let mut rig = Rig::new(&[16]);
+    let client = rig.client();
+    let (ranges, _) = client.lease(12);
+    let start = ranges[0].offset;
+    let asked = thread::scope(|scope| {
+        let script = scope.spawn(|| {
+            let (id, bytes, only, lost) = client.next_recall();
+            assert_eq!((only.as_slice(), lost), (&[][..], false));
+            client.give_back(&[WindowRange {
+                offset: start,
+                len: 3 * GRANULE,
+            }]);
+            client
+                .broker
+                .answer_recall(id, outcome(2, 1, 1), &[])
+                .unwrap();
+            bytes
+        });
+        let receipt = rig.release(ReleaseTarget::Bytes(8 * GRANULE), 2000);
+        assert_eq!(receipt.asked, 8 * GRANULE);
+        assert_eq!(receipt.returned_free, 4 * GRANULE);
+        assert_eq!(receipt.returned_purged, 2 * GRANULE);
+        assert_eq!(receipt.returned_rebound, GRANULE);
+        assert_eq!(receipt.refused.len(), 1);
+        let refusal = &receipt.refused[0];
+        assert_eq!(
+            (refusal.len, refusal.reason),
+            (GRANULE, RefusalReason::Pinned)
+        );
+        assert_eq!(refusal.pid, Some(std::process::id()));
+        script.join().unwrap()
+    });
+    assert_eq!(asked, 4 * GRANULE);
+    assert_eq!(listed_bytes(&mut rig), 9 * GRANULE);
+}
+
+#[test]
+fn what_one_client_can_not_give_another_is_asked_for() {
+    let rig = Rig::new(&[16]);
+    let (stingy, generous) = (rig.client(), rig.client());
+    stingy.lease(8);
+    let (ranges, _) = generous.lease(8);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (id, bytes, ..) = stingy.next_recall();
+            assert_eq!(bytes, 2 * GRANULE);
+            stingy
+                .broker
+                .answer_recall(id, outcome(0, 0, 2), &[])
+                .unwrap();
+        });
+        scope.spawn(|| {
+            for (first, count) in [(0, 2), (2, 2)] {
+                let (id, bytes, ..) = generous.next_recall();
+                assert_eq!(bytes, count * GRANULE);
+                let offset = ranges[0].offset + first * GRANULE;
+                generous.give_back(&[WindowRange { offset, len: bytes }]);
+                generous
+                    .broker
+                    .answer_recall(id, outcome(count, 0, 0), &[])
+                    .unwrap();
+            }
+        });
+        let receipt = rig.release(ReleaseTarget::Bytes(4 * GRANULE), 3000);
+        assert_eq!(receipt.returned_purged, 4 * GRANULE);
+        assert_eq!(receipt.refused, []);
+    });
+}
+
+#[test]
+fn who_does_not_answer_by_the_deadline_is_named() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    client.lease(8);
+    let started = Instant::now();
+    let receipt = rig.release(ReleaseTarget::Bytes(4 * GRANULE), 200);
+    let took = started.elapsed();
+    assert!((200..600).contains(&took.as_millis()), "{took:?}");
+    assert_eq!(receipt.returned, 0);
+    assert_eq!(receipt.refused.len(), 1);
+    assert_eq!(receipt.refused[0].reason, RefusalReason::Deadline);
+    assert_eq!(receipt.refused[0].pid, Some(std::process::id()));
+    assert_eq!(receipt.refused_bytes(), receipt.asked);
+    // An answer that comes too late counts for nothing and harms nothing.
+    let (id, ..) = client.next_recall();
+    client
+        .broker
+        .answer_recall(id, outcome(4, 0, 0), &[])
+        .unwrap();
+    assert_eq!(rig.status().capacity.leased, 8 * GRANULE);
+}
+
+#[test]
+fn a_client_without_a_connection_is_named_at_once() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    client.lease(8);
+    drop(client.broker);
+    rig.until(Duration::from_secs(1), |status| {
+        !status.clients[0].connected
+    });
+    let started = Instant::now();
+    let receipt = rig.release(ReleaseTarget::Bytes(2 * GRANULE), 5000);
+    assert!(started.elapsed() < Duration::from_secs(1));
+    assert_eq!(receipt.refused[0].reason, RefusalReason::Unreachable);
+}
+
+#[test]
+fn a_range_is_asked_of_whoever_holds_it() {
+    let rig = Rig::new(&[16]);
+    let (first, second) = (rig.client(), rig.client());
+    first.lease(4);
+    second.lease(4);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (id, _, only, _) = second.next_recall();
+            let wanted = [WindowRange {
+                offset: 6 * GRANULE,
+                len: 2 * GRANULE,
+            }];
+            assert_eq!(only.as_slice(), wanted);
+            second.give_back(&[WindowRange {
+                offset: 6 * GRANULE,
+                len: GRANULE,
+            }]);
+            let kept = [WindowRange {
+                offset: 7 * GRANULE,
+                len: GRANULE,
+            }];
+            second
+                .broker
+                .answer_recall(id, outcome(1, 0, 1), &kept)
+                .unwrap();
+        });
+        let range = rig.range(6, 4);
+        let receipt = rig.release(ReleaseTarget::Range(range), 2000);
+        assert_eq!(receipt.asked, 4 * GRANULE);
+        assert_eq!(
+            (receipt.returned_free, receipt.returned_purged),
+            (2 * GRANULE, GRANULE)
+        );
+        let refusal = &receipt.refused[0];
+        assert_eq!(refusal.dpa, Some(rig.range(7, 1).dpa));
+        assert_eq!(
+            (refusal.len, refusal.reason),
+            (GRANULE, RefusalReason::Pinned)
+        );
+    });
+    // The first client was not bothered, and what was refused is not marked for ever.
+    assert_eq!(first.broker.recv(Some(Duration::ZERO)), Ok(None));
+    let status = rig.status();
+    assert_eq!(
+        (status.capacity.outgoing, status.capacity.accepted),
+        (0, 13 * GRANULE)
+    );
+}
+
+#[test]
+fn a_client_that_dies_during_a_recall_gives_what_it_had() {
+    let rig = Rig::new(&[8]);
+    let socket = rig.socket();
+    let mut child = Forked::run(|| match lease_and_scribble(&socket, 8) {
+        Some(kept) => {
+            std::mem::forget(kept);
+            1
+        }
+        None => 0,
+    });
+    assert_eq!(child.answer(), 1);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(100));
+            child.kill();
+        });
+        let receipt = rig.release(ReleaseTarget::Bytes(8 * GRANULE), 3000);
+        assert_eq!(receipt.returned, 8 * GRANULE, "{receipt:?}");
+        assert!(receipt.duration_us < 1_500_000);
+    });
+}
+
+#[test]
+fn while_memory_is_asked_back_nobody_leases_it() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    let (ranges, _) = client.lease(8);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (id, ..) = client.next_recall();
+            client.give_back(&ranges);
+            // Three granules more than were asked for came free; two is what is left to lease.
+            let (granted, exhausted) = client.lease(8);
+            assert_eq!((total(&granted), exhausted), (2 * GRANULE, true));
+            client
+                .broker
+                .answer_recall(id, outcome(6, 0, 0), &[])
+                .unwrap();
+        });
+        let receipt = rig.release(ReleaseTarget::Bytes(6 * GRANULE), 3000);
+        assert_eq!(receipt.returned_purged, 6 * GRANULE);
+    });
+}
+
+#[test]
+fn the_devices_request_waits_for_what_is_in_use() {
+    let mut rig = Rig::with(Setup {
+        offer: &[8],
+        recall_deadline: Duration::from_millis(150),
+        ..Setup::default()
+    });
+    let client = rig.client();
+    let (ranges, _) = client.lease(4);
+    let all = rig.model.memory_span();
+    let wanted = dax_backend::address::DpaRange {
+        len: 8 * GRANULE,
+        ..all
+    };
+    let fabric = rig.model.fabric();
+    fabric
+        .release(&ReleasePolicy::Prescriptive(vec![wanted]), false)
+        .unwrap();
+    let status = rig.until(Duration::from_secs(2), |status| !status.receipts.is_empty());
+    let receipt = &status.receipts[0];
+    assert_eq!(
+        (receipt.origin, receipt.asked),
+        (Origin::Device, 8 * GRANULE)
+    );
+    assert_eq!(receipt.returned_free, 4 * GRANULE);
+    assert_eq!(receipt.refused[0].reason, RefusalReason::Deadline);
+    // Still wanted: when it comes free, it goes without another word.
+    assert_eq!(status.capacity.outgoing, 4 * GRANULE);
+    client.give_back(&ranges);
+    rig.until(Duration::from_secs(1), |status| {
+        status.capacity.accepted == 0
+    });
+    assert_eq!(rig.listed(), []);
+}
+
+#[test]
+fn a_forced_release_is_told_to_those_it_hit() {
+    let rig = Rig::new(&[8]);
+    let (hit, spared) = (rig.client(), rig.client());
+    hit.lease(4);
+    spared.lease(2);
+    let span = rig.model.memory_span();
+    let taken = dax_backend::address::DpaRange {
+        len: 3 * GRANULE,
+        ..span
+    };
+    rig.model
+        .fabric()
+        .release(&ReleasePolicy::Prescriptive(vec![taken]), true)
+        .unwrap();
+    let (_, bytes, ranges, lost) = hit.next_recall();
+    assert!(lost);
+    assert_eq!((bytes, ranges.bytes()), (3 * GRANULE, 3 * GRANULE));
+    assert_eq!(spared.broker.recv(Some(Duration::ZERO)), Ok(None));
+    let status = rig.status();
+    let receipt = &status.receipts[0];
+    assert_eq!((receipt.origin, receipt.returned), (Origin::Forced, 0));
+    assert_eq!(receipt.refused[0].reason, RefusalReason::Lost);
+    assert_eq!(status.capacity.leased, 3 * GRANULE);
+    // Returning what is gone already is no offence.
+    hit.give_back(ranges.as_slice());
+    assert_eq!(total(&hit.lease(1).0), GRANULE);
+}
+
+#[test]
+fn a_tag_in_use_keeps_its_other_half() {
+    let rig = Rig::new(&[]);
+    let tag = ExtentTag([5; 16]);
+    let mut fabric = rig.model.fabric();
+    Orchestrator::add(&mut fabric, &[4 * GRANULE, 4 * GRANULE], tag).unwrap();
+    rig.until(Duration::from_secs(2), |status| {
+        status.capacity.accepted == 8 * GRANULE
+    });
+    let client = rig.client();
+    client.lease(1);
+    let free_half = rig.range(4, 4);
+    let receipt = rig.release(ReleaseTarget::Range(free_half), 100);
+    assert_eq!(receipt.returned, 0);
+    assert_eq!(receipt.refused[0].reason, RefusalReason::TagInUse);
+    // It was asked, did not answer, and may have the rest now.
+    assert_eq!(client.next_recall().1, GRANULE);
+    assert_eq!(total(&client.lease(7).0), 7 * GRANULE);
+}
+
+#[test]
+fn what_the_device_does_not_take_stays_usable() {
+    let rig = Rig::new(&[8]);
+    rig.model
+        .inject(Fault::on(0x4803, FaultKind::ReturnCode(0x3)));
+    let receipt = rig.release(ReleaseTarget::Bytes(4 * GRANULE), 500);
+    assert_eq!(receipt.returned, 0);
+    assert_eq!(receipt.refused[0].reason, RefusalReason::Device);
+    let detail = receipt.refused[0].detail.as_deref().unwrap_or_default();
+    assert!(detail.contains("unsupported (0x03)"), "{detail}");
+    let status = rig.status();
+    assert!(status.device.last_error.is_some());
+    assert_eq!(
+        (status.capacity.accepted, status.capacity.outgoing),
+        (8 * GRANULE, 0)
+    );
+    assert_eq!(total(&rig.client().lease(8).0), 8 * GRANULE);
+}
+
+#[test]
+fn more_than_there_is_is_refused_as_such() {
+    let rig = Rig::new(&[4]);
+    let receipt = rig.release(ReleaseTarget::Bytes(64 * MIB), 100);
+    assert_eq!(receipt.returned, 8 * MIB);
+    assert_eq!(receipt.refused.len(), 1);
+    assert_eq!(receipt.refused[0].reason, RefusalReason::NotAccepted);
+    assert_eq!(receipt.refused[0].len, 56 * MIB);
+}
+
+#[test]
+fn ranges_that_make_no_sense_are_refused_before_anything_happens() {
+    let rig = Rig::new(&[4]);
+    let start = rig.range(0, 1).dpa.0;
+    for (dpa, len, says) in [
+        (start, 0, "empty"),
+        (u64::MAX, 2 * GRANULE, "wraps"),
+        (start + 4096, GRANULE, "whole blocks"),
+        (start, 4096, "whole blocks"),
+        (start - GRANULE, GRANULE, "not inside"),
+    ] {
+        let error = rig.ask(&AdminRequest::Release {
+            target: ReleaseTarget::Range(DpaSpan {
+                dpa: HexDpa(dpa),
+                len,
+            }),
+            deadline_ms: 100,
+        });
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(says), "{dpa:#x}+{len:#x}: {error}");
+    }
+    assert_eq!(rig.status().capacity.accepted, 4 * GRANULE);
+}
