@@ -62,13 +62,16 @@ pub enum RebindError {
         errno: Errno,
     },
     /// Neither new nor old backing could be mapped. The granules that still
-    /// wait keep their content; call [`put_back`] until it succeeds.
+    /// wait keep their content; call [`put_back`] until it succeeds, after
+    /// which all have their old backing but those that were moved.
     ///
     /// [`put_back`]: super::Mover::put_back
     #[error("the kernel maps neither new nor old backing ({errno}): threads wait for it")]
     Stuck {
-        /// The granules that wait.
+        /// The granules that wait, and their content.
         taken: Taken,
+        /// A bit per granule of the run that was moved.
+        moved: u32,
         /// Why.
         errno: Errno,
     },

@@ -110,7 +110,6 @@ impl Mover {
             *from = step.from;
         }
         let from = &from[..steps.len()];
-        self.check(va, from)?;
         // SAFETY: the caller's.
         let mut spare = unsafe { Spare::prepare(steps) }?;
         let taking = now();
@@ -126,8 +125,9 @@ impl Mover {
                 // What it frees is what the kernel lacked.
                 drop(spare);
                 let stayed = taken.waiting();
+                let moved = ((1 << steps.len()) - 1) & !stayed;
                 // SAFETY: the caller's, and nothing wrote to the old backing.
-                unsafe { self.put_back(taken) }?;
+                unsafe { self.put_back_rest(taken, moved) }?;
                 return Err(RebindError::Partly { stayed, errno });
             }
             taken.now_given(i);
@@ -151,6 +151,7 @@ impl Mover {
     /// As [`rebind`](Self::rebind). What was taken is given or put back.
     pub unsafe fn take(&mut self, va: usize, from: &[Memory]) -> Result<Taken, RebindError> {
         debug_assert!(va.is_multiple_of(GRANULE) && (1..=RUN).contains(&from.len()));
+        self.check(va, from)?;
         if self.reserve.is_none() {
             self.reserve = Some(Reserve::fill()?);
         }
@@ -241,7 +242,14 @@ impl Mover {
     ///
     /// # Safety
     /// As [`rebind`](Self::rebind); the old backing was not written to.
-    pub unsafe fn put_back(&mut self, mut taken: Taken) -> Result<(), RebindError> {
+    pub unsafe fn put_back(&mut self, taken: Taken) -> Result<(), RebindError> {
+        // SAFETY: the caller's.
+        unsafe { self.put_back_rest(taken, 0) }
+    }
+
+    /// # Safety
+    /// As [`put_back`](Self::put_back), for a run of which `moved` is moved.
+    unsafe fn put_back_rest(&mut self, mut taken: Taken, moved: u32) -> Result<(), RebindError> {
         while let Some(i) = taken.first_waiting() {
             let va = taken.granule(i);
             let placed = match taken.from(i) {
@@ -251,7 +259,11 @@ impl Mover {
                 Memory::Extent(alias) => unsafe { self.place_extent(va, alias) },
             };
             if let Err(errno) = placed {
-                return Err(RebindError::Stuck { taken, errno });
+                return Err(RebindError::Stuck {
+                    taken,
+                    moved,
+                    errno,
+                });
             }
             taken.now_given(i);
         }
@@ -320,5 +332,28 @@ impl Mover {
             i += same.len();
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn granules_that_threads_wait_for_go_first() {
+        static MONITOR: Monitor = Monitor::new();
+        let mover = Mover::start(&MONITOR, None).unwrap();
+        let mut taken = Taken::none_of(64 * GRANULE, &[Memory::Dram; RUN]);
+        taken.now_taken(0..RUN);
+        MONITOR.waiters.insert(taken.granule(5) + 4096, 20);
+        MONITOR.waiters.insert(taken.granule(3), 10);
+        MONITOR.waiters.insert(taken.granule(RUN), 5);
+        let mut order = Vec::new();
+        while let Some(i) = mover.next(&taken) {
+            order.push(i);
+            taken.now_given(i);
+            MONITOR.waiters.remove(taken.granule(i), |_| ());
+        }
+        assert_eq!(order, [3, 5, 0, 1, 2, 4, 6, 7]);
     }
 }
