@@ -18,13 +18,6 @@ use crate::workspace;
 const LIMIT: Duration = Duration::from_secs(150);
 const PLACEMENTS: [&str; 3] = ["dram", "size:64K", "dc"];
 
-/// Programs that a placement does not suit yet, and why.
-const NOT_IN: &[(&str, &str, &str)] = &[(
-    "fork_busy",
-    "dc",
-    "a forked child gets SIGSEGV from its parent's extents (docs/limits.md)",
-)];
-
 pub(super) fn run() -> Result<Tally> {
     packages::ensure(&["gcc", "g++", "libc6-dev"])?;
     let out = workspace::target().join("conformance");
@@ -34,13 +27,6 @@ pub(super) fn run() -> Result<Tally> {
         for program in &programs {
             let name = program.file_name().unwrap_or_default().to_string_lossy();
             let what = format!("{name} ({placement})");
-            if let Some((.., why)) = NOT_IN
-                .iter()
-                .find(|(n, p, _)| *n == name && *p == placement)
-            {
-                tally.skip(what, *why);
-                continue;
-            }
             match judge(program, placement) {
                 Ok(None) => tally.pass(),
                 Ok(Some(reason)) => tally.skip(what, reason),

