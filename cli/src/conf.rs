@@ -10,12 +10,21 @@ use crate::failure::Failure;
 /// The settings' variable.
 pub(crate) const VARIABLE: &str = "DCMALLOC_CONF";
 
+/// What the program's heap is told.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    /// The variable's value.
+    pub(crate) text: String,
+    /// What it means.
+    pub(crate) config: Config,
+}
+
 /// Joins and checks the settings; later ones win.
 pub(crate) fn join(
     environment: Option<&str>,
     option: Option<&str>,
     placement: Option<&str>,
-) -> Result<String, Failure> {
+) -> Result<Settings, Failure> {
     let placement = placement.map(|placement| format!("placement:{placement}"));
     let sources = [
         (VARIABLE, environment),
@@ -33,7 +42,10 @@ pub(crate) fn join(
             joined.push(item);
         }
     }
-    Ok(joined.join(","))
+    Ok(Settings {
+        text: joined.join(","),
+        config,
+    })
 }
 
 #[cfg(test)]
@@ -43,8 +55,9 @@ mod tests {
     #[test]
     fn later_settings_come_last() {
         let joined = join(Some("verbose:true"), Some("verbose:false,"), Some("dc")).unwrap();
-        assert_eq!(joined, "verbose:true,verbose:false,placement:dc");
-        assert_eq!(join(None, None, None).unwrap(), "");
+        assert_eq!(joined.text, "verbose:true,verbose:false,placement:dc");
+        assert!(!joined.config.verbose);
+        assert_eq!(join(None, None, None).unwrap().text, "");
     }
 
     #[test]

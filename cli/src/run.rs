@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use allocator::Placement;
 use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 use dax_backend::broker::admin::{AdminClient, AdminReply, AdminRequest};
@@ -97,20 +98,20 @@ pub(crate) fn run(options: &Options) -> Result<u8, Failure> {
             Ok(socket) => Some(socket),
             Err(reason) => {
                 complain(&format!("{reason}; running on DRAM"));
-                options.socket.clone()
+                None
             }
         },
     };
 
-    // From here on the signals are the program's. The standard library starts
-    // it with none of them blocked.
+    // From here on the signals are the program's.
     let signals = Signals::block()?;
     let mut command = Command::new(&options.command[0]);
     command
         .args(&options.command[1..])
         .env("LD_PRELOAD", preloads(&library))
         .env(RUN_VARIABLE, run.to_string())
-        .env(conf::VARIABLE, settings);
+        .env(conf::VARIABLE, &settings.text);
+    signals.restore_in(&mut command);
     match &socket {
         Some(socket) => command.env(sockets::VARIABLE, socket),
         None => command.env_remove(sockets::VARIABLE),
@@ -128,8 +129,10 @@ pub(crate) fn run(options: &Options) -> Result<u8, Failure> {
         }
     };
     let status = wait(&mut program, &signals)?;
-    if let Some(socket) = socket.filter(|_| own_broker.is_some() || options.emulate.is_none()) {
-        report(options, &socket, run);
+    match socket {
+        Some(socket) => report(options, &socket, run, settings.config.placement),
+        None if options.stats.is_some() => complain("no statistics: the broker keeps them"),
+        None => {}
     }
     if let Some(broker) = own_broker {
         broker.finish();
@@ -274,7 +277,7 @@ fn preloads(library: &Path) -> OsString {
 
 /// Says what has to be said at the end: statistics if asked, and once if the
 /// program did not run as it should have.
-fn report(options: &Options, socket: &Path, run: Uuid) {
+fn report(options: &Options, socket: &Path, run: Uuid, placement: Placement) {
     let report = match ask_for_report(socket, run) {
         Ok(report) => report,
         Err(error) => {
@@ -286,7 +289,7 @@ fn report(options: &Options, socket: &Path, run: Uuid) {
         }
     };
     let degraded = report.total.degraded_flags;
-    if report.processes_total == 0 {
+    if report.processes_total == 0 && placement != Placement::Dram {
         complain(
             "the program never connected to the broker and ran on its own memory: \
              is it linked statically, or set-user-ID?",
