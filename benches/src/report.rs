@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::contender::Sample;
-use crate::programs::{Better, MEMORY_LIMIT, Workload};
+use crate::programs::{Better, MEMORY_JUDGED_FROM, MEMORY_LIMIT, Workload};
 
 /// The median; of an even number, the mean of the middle two.
 pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
@@ -77,7 +77,13 @@ impl Comparison {
 
     /// Whether both ratios are within `slack` times their limits. NaN is not.
     pub fn holds(&self, slack: f64) -> bool {
-        self.cost_ratio <= self.cost_limit * slack && self.memory_ratio() <= MEMORY_LIMIT * slack
+        let memory = !self.memory_is_judged() || self.memory_ratio() <= MEMORY_LIMIT * slack;
+        self.cost_ratio <= self.cost_limit * slack && memory
+    }
+
+    /// See [`MEMORY_JUDGED_FROM`].
+    fn memory_is_judged(&self) -> bool {
+        self.other_peak >= MEMORY_JUDGED_FROM
     }
 }
 
@@ -89,7 +95,7 @@ pub fn print_table(comparisons: &[Comparison], slack: f64) {
     );
     for c in comparisons {
         println!(
-            "{:<9} {:<22} {:>12.5} {:>12.5} {:>7.3} {:>6.2}  {:>6.1} MiB {:>6.1} MiB {:>7.3} {:>6.2}  {}",
+            "{:<9} {:<22} {:>12.5} {:>12.5} {:>7.3} {:>6.2}  {:>6.1} MiB {:>6.1} MiB {:>7.3} {:>6}  {}",
             c.workload,
             c.ours,
             c.our_median,
@@ -99,7 +105,11 @@ pub fn print_table(comparisons: &[Comparison], slack: f64) {
             c.our_peak / f64::from(1 << 20),
             c.other_peak / f64::from(1 << 20),
             c.memory_ratio(),
-            MEMORY_LIMIT * slack,
+            if c.memory_is_judged() {
+                format!("{:.2}", MEMORY_LIMIT * slack)
+            } else {
+                "-".to_owned()
+            },
             if c.holds(slack) { "ok" } else { "OVER" }
         );
     }
@@ -199,7 +209,7 @@ mod tests {
             .iter()
             .map(|value| Sample {
                 value: *value,
-                peak_bytes: 1000,
+                peak_bytes: 100 << 20,
                 extent_peak_bytes: 0,
             })
             .collect()
@@ -210,6 +220,21 @@ mod tests {
         assert_eq!(median([3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median([4.0, 1.0, 2.0, 3.0]), 2.5);
         assert!(median([]).is_nan());
+    }
+
+    #[test]
+    fn memory_is_judged_where_a_granule_is_little() {
+        let pair = Workload::named("pair").unwrap();
+        let with_peak = |mib: u64| {
+            let mut samples = samples(&[1.0]);
+            samples[0].peak_bytes = mib << 20;
+            samples
+        };
+        let holds = |ours, other| {
+            Comparison::of(pair, ("a", &with_peak(ours)), ("b", &with_peak(other))).holds(1.0)
+        };
+        assert!(holds(114, 100) && !holds(116, 100));
+        assert!(holds(9, 4) && !holds(40, 20));
     }
 
     #[test]
