@@ -20,18 +20,58 @@ pub struct Key {
     pub help: &'static str,
 }
 
-const fn key(name: &'static str, values: &'static str, default: &'static str, help: &'static str) -> Key {
-    Key { name, values, default, help }
+const fn key(
+    name: &'static str,
+    values: &'static str,
+    default: &'static str,
+    help: &'static str,
+) -> Key {
+    Key {
+        name,
+        values,
+        default,
+        help,
+    }
 }
 
 /// Every key.
 pub const KEYS: &[Key] = &[
-    key("placement", "dram | dc | size[=BYTES] | interleave=N", "size=64K", "where allocations go"),
-    key("on_exhausted", "dram | fail | wait=MS", "dram", "what an allocation does when no extent is left"),
-    key("dram_limit", "BYTES | none", "none", "DRAM that live data may be moved to under pressure"),
-    key("decay", "MS", "250", "how long the engine keeps freed pages of extents"),
-    key("return_after", "MS", "500", "how long an unused granule is kept before it goes back to the broker"),
-    key("verbose", "true | false", "false", "whether the preloaded library may write to stderr"),
+    key(
+        "placement",
+        "dram | dc | size[=BYTES] | interleave=N",
+        "size=64K",
+        "where allocations go",
+    ),
+    key(
+        "on_exhausted",
+        "dram | fail | wait=MS",
+        "dram",
+        "what an allocation does when no extent is left",
+    ),
+    key(
+        "dram_limit",
+        "BYTES | none",
+        "none",
+        "DRAM that live data may be moved to under pressure",
+    ),
+    key(
+        "decay",
+        "MS",
+        "250",
+        "how long the engine keeps freed pages of extents",
+    ),
+    key(
+        "return_after",
+        "MS",
+        "500",
+        "how long an unused granule is kept before it goes back to the broker",
+    ),
+    key(
+        "verbose",
+        "true | false",
+        "false",
+        "whether the preloaded library may write to stderr",
+    ),
 ];
 
 /// The settings of a heap.
@@ -72,8 +112,15 @@ impl Config {
             .split_once(':')
             .ok_or(ConfigError::NoValue { item })
             .map(|(name, value)| (name.trim(), value.trim()))?;
-        let bad = |expected| ConfigError::BadValue { name, value, expected };
-        let key = KEYS.iter().find(|key| key.name == name).ok_or(ConfigError::UnknownKey { name })?;
+        let bad = |expected| ConfigError::BadValue {
+            name,
+            value,
+            expected,
+        };
+        let key = KEYS
+            .iter()
+            .find(|key| key.name == name)
+            .ok_or(ConfigError::UnknownKey { name })?;
         match name {
             "placement" => self.placement = placement(value).ok_or(bad(key.values))?,
             "on_exhausted" => self.on_exhausted = on_exhausted(value).ok_or(bad(key.values))?,
@@ -129,7 +176,9 @@ pub enum ConfigError<'a> {
 impl ConfigError<'_> {
     /// For an unknown key: the key whose name is nearest to it.
     pub fn nearest(&self) -> Option<&'static str> {
-        let Self::UnknownKey { name } = self else { return None };
+        let Self::UnknownKey { name } = self else {
+            return None;
+        };
         let distance = |key: &&Key| distance(key.name.as_bytes(), name.as_bytes());
         KEYS.iter().min_by_key(distance).map(|key| key.name)
     }
@@ -143,7 +192,11 @@ impl fmt::Display for ConfigError<'_> {
                 let nearest = self.nearest().unwrap_or_default();
                 write!(f, "unknown setting `{name}`: did you mean `{nearest}`?")
             }
-            Self::BadValue { name, value, expected } => {
+            Self::BadValue {
+                name,
+                value,
+                expected,
+            } => {
                 write!(f, "`{name}` does not take `{value}`: it takes {expected}")
             }
         }
@@ -156,7 +209,10 @@ impl core::error::Error for ConfigError<'_> {}
 pub fn parse_size(text: &str) -> Option<usize> {
     let (digits, shift) = match text.as_bytes().last()?.to_ascii_uppercase() {
         b'0'..=b'9' => (text, 0),
-        unit => (&text[..text.len() - 1], 10 * (1 + b"KMGT".iter().position(|&u| u == unit)?)),
+        unit => (
+            &text[..text.len() - 1],
+            10 * (1 + b"KMGT".iter().position(|&u| u == unit)?),
+        ),
     };
     if !digits.bytes().all(|digit| digit.is_ascii_digit()) {
         return None;
@@ -173,12 +229,14 @@ fn placement(value: &str) -> Option<Placement> {
         ("dram", None) => Some(Placement::Dram),
         ("dc", None) => Some(Placement::Dc),
         ("size", None) => Some(Placement::default()),
-        ("size", Some(bytes)) => {
-            parse_size(bytes).filter(|&bytes| bytes >= MIN_THRESHOLD).map(Placement::Size)
-        }
-        ("interleave", Some(n)) => {
-            n.parse().ok().filter(|&n| n >= 2).map(Placement::Interleave)
-        }
+        ("size", Some(bytes)) => parse_size(bytes)
+            .filter(|&bytes| bytes >= MIN_THRESHOLD)
+            .map(Placement::Size),
+        ("interleave", Some(n)) => n
+            .parse()
+            .ok()
+            .filter(|&n| n >= 2)
+            .map(Placement::Interleave),
         _ => None,
     }
 }
@@ -223,12 +281,16 @@ mod tests {
 
     #[test]
     fn reads_what_is_documented() {
-        let (config, refused) =
-            Config::read("placement:size:1M,on_exhausted:wait:50,decay:10,return_after:0,verbose:true");
+        let (config, refused) = Config::read(
+            "placement:size:1M,on_exhausted:wait:50,decay:10,return_after:0,verbose:true",
+        );
         assert_eq!(refused, 0);
         assert_eq!(config.placement, Placement::Size(1 << 20));
         assert_eq!(config.on_exhausted, OnExhausted::Wait(50));
-        assert_eq!((config.decay_ms, config.return_after_ms, config.verbose), (10, 0, true));
+        assert_eq!(
+            (config.decay_ms, config.return_after_ms, config.verbose),
+            (10, 0, true)
+        );
         assert_eq!(Config::read("").0, Config::DEFAULT);
         for (text, placement) in [
             ("placement:dc", Placement::Dc),
@@ -244,7 +306,9 @@ mod tests {
     fn the_defaults_are_the_documented_ones() {
         for key in KEYS {
             let mut config = Config::DEFAULT;
-            config.set(&format!("{}:{}", key.name, key.default)).unwrap();
+            config
+                .set(&format!("{}:{}", key.name, key.default))
+                .unwrap();
             assert_eq!(config, Config::DEFAULT, "{}", key.name);
         }
     }
@@ -253,10 +317,24 @@ mod tests {
     fn what_is_wrong_is_named_and_changes_nothing() {
         let mut config = Config::DEFAULT;
         let error = config.set("placment:dc").unwrap_err();
-        assert_eq!(error.to_string(), "unknown setting `placment`: did you mean `placement`?");
-        assert_eq!(ConfigError::UnknownKey { name: "on_exhaust" }.nearest(), Some("on_exhausted"));
-        for bad in ["placement:size=12Q", "placement:size=1", "placement:cxl", "on_exhausted:wait",
-                    "decay:-1", "verbose:yes", "verbose", "placement:interleave=1"] {
+        assert_eq!(
+            error.to_string(),
+            "unknown setting `placment`: did you mean `placement`?"
+        );
+        assert_eq!(
+            ConfigError::UnknownKey { name: "on_exhaust" }.nearest(),
+            Some("on_exhausted")
+        );
+        for bad in [
+            "placement:size=12Q",
+            "placement:size=1",
+            "placement:cxl",
+            "on_exhausted:wait",
+            "decay:-1",
+            "verbose:yes",
+            "verbose",
+            "placement:interleave=1",
+        ] {
             assert!(config.set(bad).is_err(), "{bad}");
         }
         assert_eq!(config, Config::DEFAULT);

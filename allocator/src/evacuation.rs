@@ -49,7 +49,13 @@ impl Evacuator {
     }
 
     /// Moves live granules off recalled extents and gives those back.
-    pub(crate) fn recall(&mut self, heap: &Heap, source: &dyn ExtentSource, recall: &Recall, until: Instant) -> Evacuated {
+    pub(crate) fn recall(
+        &mut self,
+        heap: &Heap,
+        source: &dyn ExtentSource,
+        recall: &Recall,
+        until: Instant,
+    ) -> Evacuated {
         heap.space().forgive();
         let leaving = Leaving {
             wanted: recall.ranges.as_slice(),
@@ -65,8 +71,14 @@ impl Evacuator {
             }
             let left = ((recall.bytes - done.bytes) as usize).div_ceil(GRANULE);
             let dram = heap.dram_allowance();
-            let Some(picked) = heap.space().pick_leaving(Leaving { granules: left, dram, ..leaving }) else {
-                done.stopped = (dram < GRANULE as u64).then_some(Refusal::NoDram).or(done.stopped);
+            let Some(picked) = heap.space().pick_leaving(Leaving {
+                granules: left,
+                dram,
+                ..leaving
+            }) else {
+                done.stopped = (dram < GRANULE as u64)
+                    .then_some(Refusal::NoDram)
+                    .or(done.stopped);
                 break;
             };
             match self.carry_out(heap, source, picked) {
@@ -81,7 +93,12 @@ impl Evacuator {
     /// nothing is left there.
     pub(crate) fn clear(&mut self, heap: &Heap, source: &dyn ExtentSource) -> bool {
         heap.space().forgive();
-        let leaving = Leaving { wanted: &[], granules: usize::MAX, to_extents: false, dram: u64::MAX };
+        let leaving = Leaving {
+            wanted: &[],
+            granules: usize::MAX,
+            to_extents: false,
+            dram: u64::MAX,
+        };
         while let Some(picked) = heap.space().pick_leaving(leaving) {
             let _ = self.carry_out(heap, source, picked);
         }
@@ -105,7 +122,12 @@ impl Evacuator {
     }
 
     /// One rebind: moves, books, gives back. Bytes of extents freed.
-    fn carry_out(&mut self, heap: &Heap, source: &dyn ExtentSource, picked: Move) -> Result<u64, Refusal> {
+    fn carry_out(
+        &mut self,
+        heap: &Heap,
+        source: &dyn ExtentSource,
+        picked: Move,
+    ) -> Result<u64, Refusal> {
         let all = (1u32 << picked.granules()) - 1;
         let result = picked.with_steps(|steps| {
             // SAFETY: the granules are the space's own, in flight by its

@@ -43,14 +43,20 @@ impl DcMalloc {
 
     /// With given settings.
     pub const fn with(config: Config) -> Self {
-        Self { heap: Heap::new(), config }
+        Self {
+            heap: Heap::new(),
+            config,
+        }
     }
 
     /// Attaches the source of extents.
     ///
     /// # Errors
     /// The kernel's, if there is no memory for tables or a thread.
-    pub fn attach(&'static self, source: &'static dyn ExtentSource) -> Result<(), rustix::io::Errno> {
+    pub fn attach(
+        &'static self,
+        source: &'static dyn ExtentSource,
+    ) -> Result<(), rustix::io::Errno> {
         self.heap().attach(source)
     }
 
@@ -79,11 +85,15 @@ impl DcMalloc {
 // never unwinds, and keeps blocks disjoint.
 unsafe impl GlobalAlloc for DcMalloc {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        self.forever().heap().allocate(layout.size(), layout.align(), false)
+        self.forever()
+            .heap()
+            .allocate(layout.size(), layout.align(), false)
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        self.forever().heap().allocate(layout.size(), layout.align(), true)
+        self.forever()
+            .heap()
+            .allocate(layout.size(), layout.align(), true)
     }
 
     unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
@@ -93,6 +103,10 @@ unsafe impl GlobalAlloc for DcMalloc {
 
     unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         // SAFETY: the caller allocated it here with this layout.
-        unsafe { self.forever().heap().reallocate(ptr, new_size, layout.align()) }
+        unsafe {
+            self.forever()
+                .heap()
+                .reallocate(ptr, new_size, layout.align())
+        }
     }
 }

@@ -20,9 +20,10 @@ use crate::space::{GRANULE, Space, Tier};
 use crate::stats::Stats;
 use crate::sync::{Lock, Signal};
 
-/// From so many bytes on a request makes sure that there are extents for it
-/// before it is made. Smaller ones take what is there, from the reserve.
-const CAREFUL_FROM: usize = GRANULE / 2;
+/// From so many bytes on, which the engine's thread caches do not hold, a
+/// request is watched: it waits for extents rather than take DRAM, and does
+/// not fail for what other arenas have freed and not given back.
+const CAREFUL_FROM: usize = (32 << 10) + 1;
 /// jemalloc's own default, for DRAM.
 const DRAM_DECAY_MS: isize = 10_000;
 /// How long an allocation waits for an answer of a source that has not said
@@ -39,11 +40,16 @@ struct Extra {
 
 impl Extra {
     const fn new() -> Self {
-        Self { slots: [const { AtomicU32::new(0) }; engine::MAX_ARENAS], making: Lock::new(()) }
+        Self {
+            slots: [const { AtomicU32::new(0) }; engine::MAX_ARENAS],
+            making: Lock::new(()),
+        }
     }
 
     fn made(&self) -> impl Iterator<Item = ArenaIndex> + '_ {
-        self.slots.iter().filter_map(|slot| ArenaIndex::from_slot(slot.load(Ordering::Acquire)))
+        self.slots
+            .iter()
+            .filter_map(|slot| ArenaIndex::from_slot(slot.load(Ordering::Acquire)))
     }
 }
 
@@ -56,7 +62,7 @@ pub struct Heap {
     config: OnceLock<Config>,
     /// Requests below this many bytes go to the engine's automatic arenas …
     threshold: AtomicUsize,
-    /// … and below this, without looking whether there are extents for them.
+    /// … and below this, nothing has to be done when they fail.
     direct_below: AtomicUsize,
     service: Service,
     /// Raised when unused granules run short, or a thread waits for some.
@@ -101,19 +107,21 @@ impl Heap {
         if self.config.set(config).is_err() || self.space.open().is_err() {
             return false;
         }
-        self.space.set_dram_when_exhausted(config.on_exhausted == OnExhausted::Dram);
+        self.space
+            .set_dram_when_exhausted(config.on_exhausted == OnExhausted::Dram);
         if let Placement::Interleave(n) = config.placement {
             self.space.set_interleave(n);
         }
         let hooks = |tier| Hooks::new(&self.space, tier, &self.wanted);
-        let hooks = self.hooks.get_or_init(|| [hooks(Tier::Dram), hooks(Tier::Extent)]);
+        let hooks = self
+            .hooks
+            .get_or_init(|| [hooks(Tier::Dram), hooks(Tier::Extent)]);
         let tier = config.placement.bound_tier();
         engine::take_over(&hooks[tier as usize], self.decay_ms(tier));
         let threshold = engine::whole_class(config.placement.direct_below());
         self.threshold.store(threshold, Ordering::Release);
         let direct = match (tier, config.on_exhausted) {
-            (Tier::Dram, _) => threshold,
-            (Tier::Extent, OnExhausted::Dram) => CAREFUL_FROM,
+            (Tier::Dram, _) | (_, OnExhausted::Dram) => threshold.min(CAREFUL_FROM),
             // Every failure has to be caught.
             (Tier::Extent, _) => 0,
         };
@@ -127,7 +135,10 @@ impl Heap {
     ///
     /// # Errors
     /// The kernel's, if there is no memory for tables or a thread.
-    pub fn attach(&'static self, source: &'static dyn ExtentSource) -> Result<(), rustix::io::Errno> {
+    pub fn attach(
+        &'static self,
+        source: &'static dyn ExtentSource,
+    ) -> Result<(), rustix::io::Errno> {
         let (addr, len) = source.window();
         // SAFETY: the window is as `ExtentSource::window` promises.
         unsafe { self.space.open_window(addr, len) }?;
@@ -202,7 +213,11 @@ impl Heap {
     /// The arenas that take extents.
     pub(crate) fn extent_arenas(&self) -> impl Iterator<Item = ArenaIndex> + '_ {
         let bound = self.config().placement.bound_tier() == Tier::Extent && self.is_started();
-        let automatic = if bound { Some(engine::automatic()) } else { None };
+        let automatic = if bound {
+            Some(engine::automatic())
+        } else {
+            None
+        };
         automatic.into_iter().flatten().chain(self.extra.made())
     }
 
@@ -232,23 +247,37 @@ impl Heap {
     }
 
     /// Tries, and where extents have run out waits for some and tries again.
-    fn serve(&'static self, size: usize, attempt: impl Fn(Option<ArenaIndex>) -> *mut u8) -> *mut u8 {
+    fn serve(
+        &'static self,
+        size: usize,
+        attempt: impl Fn(Option<ArenaIndex>) -> *mut u8,
+    ) -> *mut u8 {
         if size > MAX_REQUEST {
             return core::ptr::null_mut();
         }
         let automatic = size < self.threshold.load(Ordering::Relaxed);
         let arena = if automatic { None } else { self.extra_arena() };
         let on_extents = !automatic || self.config().placement.bound_tier() == Tier::Extent;
-        if size < CAREFUL_FROM || !on_extents || !self.is_started() {
-            let ptr = attempt(arena);
-            if !ptr.is_null() || !on_extents {
-                return ptr;
+        let mut ptr = if on_extents && self.is_started() {
+            let ptr = engine::lent_only(|| attempt(arena));
+            if ptr.is_null() {
+                self.serve_short(size, || attempt(arena))
+            } else {
+                ptr
             }
+        } else {
+            attempt(arena)
+        };
+        if ptr.is_null() && self.space.has_room_for(size / GRANULE + 1) {
+            // Other arenas may hold what was freed in them for some time yet.
+            self.purge();
+            ptr = attempt(arena);
         }
-        self.serve_short(size, || attempt(arena))
+        ptr
     }
 
-    /// Makes sure that there are extents before it tries.
+    /// Waits for extents and tries again; what `on_exhausted` says if there
+    /// are none.
     #[cold]
     fn serve_short(&'static self, size: usize, attempt: impl Fn() -> *mut u8) -> *mut u8 {
         let granules = size / GRANULE + 1;
@@ -261,7 +290,11 @@ impl Heap {
         while self.space.has_room_for(granules) {
             let left = deadline.saturating_duration_since(Instant::now());
             let more = self.wait_for_extents(granules, left);
-            let ptr = attempt();
+            let ptr = if more {
+                engine::lent_only(&attempt)
+            } else {
+                attempt()
+            };
             let waits = matches!(policy, OnExhausted::Wait(_));
             if !ptr.is_null() || left.is_zero() || !(more || waits) {
                 return ptr;
@@ -299,11 +332,18 @@ impl Heap {
         }
     }
 
+    /// Makes all arenas give back what is free.
+    fn purge(&self) {
+        engine::automatic()
+            .chain(self.extra.made())
+            .for_each(engine::purge);
+    }
+
     /// Gives back what is unused; whether there was any.
     pub fn trim(&'static self) -> bool {
         let before = self.space.usage();
-        engine::automatic().chain(self.extra.made()).for_each(engine::purge);
-        self.wanted.raise();
+        self.purge();
+        self.service.trim(self);
         self.space.usage() != before
     }
 
@@ -334,7 +374,9 @@ impl Heap {
 
     /// Bytes of DRAM that granules may still move to.
     pub(crate) fn dram_allowance(&self) -> u64 {
-        self.config().dram_limit.saturating_sub(self.space.usage().dram_held)
+        self.config()
+            .dram_limit
+            .saturating_sub(self.space.usage().dram_held)
     }
 
     pub(crate) fn note_evacuated(&self, granules: usize) {

@@ -38,7 +38,11 @@ impl Placement {
 
     /// The tier for a request of `size` bytes.
     pub fn tier(self, size: usize) -> Tier {
-        if size < self.direct_below() { self.bound_tier() } else { Tier::Extent }
+        if size < self.direct_below() {
+            self.bound_tier()
+        } else {
+            Tier::Extent
+        }
     }
 }
 

@@ -31,6 +31,16 @@ const RECALLS: usize = 8;
 /// the stack's mapping, besides a few pages of our own.
 const STACK: usize = 512 << 10;
 
+/// malloc_trim waits no longer than this.
+const TRIM_PATIENCE: Duration = Duration::from_secs(1);
+/// A recall of the heap's own: of nothing in particular.
+const NOTHING: Recall = Recall {
+    id: 0,
+    bytes: 0,
+    deadline: TICK,
+    ranges: Ranges::EMPTY,
+};
+
 /// What the two threads share with the heap.
 pub(crate) struct Service {
     running: AtomicBool,
@@ -42,6 +52,8 @@ pub(crate) struct Service {
     /// A request is on its way to the source.
     asked: AtomicBool,
     recalls: Lock<[Option<Recall>; RECALLS]>,
+    /// Somebody waits for all that is unused to be given back.
+    trim: AtomicBool,
     grants: AtomicU64,
     returned: AtomicU64,
     recalled: [AtomicU64; 4],
@@ -72,6 +84,7 @@ impl Service {
             demand: AtomicUsize::new(0),
             asked: AtomicBool::new(false),
             recalls: Lock::new([None; RECALLS]),
+            trim: AtomicBool::new(false),
             grants: AtomicU64::new(0),
             returned: AtomicU64::new(0),
             recalled: [const { AtomicU64::new(0) }; 4],
@@ -111,14 +124,21 @@ impl Service {
     }
 
     /// The worker's side of [`Service::stop`].
-    fn stand_still(&self, heap: &Heap, source: &dyn ExtentSource, evacuator: &mut Option<Evacuator>) -> bool {
+    fn stand_still(
+        &self,
+        heap: &Heap,
+        source: &dyn ExtentSource,
+        evacuator: &mut Option<Evacuator>,
+    ) -> bool {
         if self.fork.load(Ordering::Acquire) != STOP {
             return false;
         }
         if let Some(evacuator) = evacuator {
             evacuator.clear(heap, source);
         }
-        let _ = self.fork.compare_exchange(STOP, STOPPED, Ordering::AcqRel, Ordering::Relaxed);
+        let _ = self
+            .fork
+            .compare_exchange(STOP, STOPPED, Ordering::AcqRel, Ordering::Relaxed);
         self.forking.raise();
         while self.fork.load(Ordering::Acquire) == STOPPED {
             let seen = self.forking.read();
@@ -131,7 +151,11 @@ impl Service {
 
     /// Starts the threads and waits until the worker has the source's
     /// descriptors in a table of its own.
-    pub(crate) fn start(&self, heap: &'static Heap, source: &'static dyn ExtentSource) -> Result<(), Errno> {
+    pub(crate) fn start(
+        &self,
+        heap: &'static Heap,
+        source: &'static dyn ExtentSource,
+    ) -> Result<(), Errno> {
         *self.source.lock() = Some(source);
         self.running.store(true, Ordering::Release);
         let seen = self.adopted.read();
@@ -161,6 +185,42 @@ impl Service {
     /// Notes that a thread lacks granules.
     pub(crate) fn want(&self, granules: usize) {
         self.demand.fetch_max(granules, Ordering::AcqRel);
+    }
+
+    /// Gives back all that is unused, the reserve included, and returns when
+    /// that is done.
+    pub(crate) fn trim(&self, heap: &Heap) {
+        if !self.is_running() {
+            return;
+        }
+        self.trim.store(true, Ordering::Release);
+        let deadline = Instant::now() + TRIM_PATIENCE;
+        while self.trim.load(Ordering::Acquire) {
+            let seen = self.granted.read();
+            heap.wanted().raise();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            if self.trim.load(Ordering::Acquire) {
+                self.granted.wait(seen, left);
+            }
+        }
+    }
+
+    /// The worker's side of [`Service::trim`].
+    fn trimmed(&self, heap: &Heap, source: &dyn ExtentSource) -> bool {
+        let asked = self.trim.load(Ordering::Acquire);
+        if asked {
+            let all = Recall {
+                bytes: heap.space().usage().idle,
+                ..NOTHING
+            };
+            self.give_back(heap, source, &all, 0);
+            self.trim.store(false, Ordering::Release);
+            self.granted.raise();
+        }
+        asked
     }
 
     /// In a child: there are no threads, and the source is the parent's.
@@ -203,11 +263,19 @@ impl Service {
     }
 
     /// Gives back up to `granules` unused ones of a recall's ranges.
-    fn give_back(&self, heap: &Heap, source: &dyn ExtentSource, recall: &Recall, min_age: u32) -> u64 {
+    fn give_back(
+        &self,
+        heap: &Heap,
+        source: &dyn ExtentSource,
+        recall: &Recall,
+        min_age: u32,
+    ) -> u64 {
         let mut left = recall.bytes as usize / GRANULE;
         let mut bytes = 0;
         while left > 0 {
-            let ranges = heap.space().take_idle(left, recall.ranges.as_slice(), min_age);
+            let ranges = heap
+                .space()
+                .take_idle(left, recall.ranges.as_slice(), min_age);
             if ranges.is_empty() {
                 break;
             }
@@ -221,29 +289,59 @@ impl Service {
 
     /// The chain: what is unused, what a purge of the engine empties, what can
     /// be moved; the rest is refused.
-    fn answer(&self, heap: &Heap, source: &dyn ExtentSource, recall: &Recall, evacuator: &mut Option<Evacuator>) {
+    fn answer(
+        &self,
+        heap: &Heap,
+        source: &dyn ExtentSource,
+        recall: &Recall,
+        evacuator: &mut Option<Evacuator>,
+    ) {
         let until = Instant::now() + recall.deadline;
         let mut idle = self.give_back(heap, source, recall, 0);
         if idle < recall.bytes {
             heap.extent_arenas().for_each(engine::purge);
-            let rest = Recall { bytes: recall.bytes - idle, ..*recall };
+            let rest = Recall {
+                bytes: recall.bytes - idle,
+                ..*recall
+            };
             idle += self.give_back(heap, source, &rest, 0);
         }
-        let mut moved = Evacuated { bytes: 0, stopped: Some(Refusal::CannotMove) };
+        let mut moved = Evacuated {
+            bytes: 0,
+            stopped: Some(Refusal::CannotMove),
+        };
         if idle < recall.bytes
             && let Some(evacuator) = evacuator
         {
-            let rest = Recall { bytes: recall.bytes - idle, ..*recall };
+            let rest = Recall {
+                bytes: recall.bytes - idle,
+                ..*recall
+            };
             moved = evacuator.recall(heap, source, &rest, until);
             *self.stalls.lock() = evacuator.stalls();
             // What became unused while others moved.
-            let rest = Recall { bytes: rest.bytes.saturating_sub(moved.bytes), ..rest };
+            let rest = Recall {
+                bytes: rest.bytes.saturating_sub(moved.bytes),
+                ..rest
+            };
             idle += self.give_back(heap, source, &rest, 0);
         }
         let held = heap.space().live_bytes_in(recall.ranges.as_slice());
         let refused = held.min(recall.bytes.saturating_sub(idle + moved.bytes));
-        let reason = if refused > 0 { moved.stopped.or(Some(Refusal::CannotMove)) } else { None };
-        source.answer(recall.id, &RecallOutcome { idle, rebound: moved.bytes, refused, reason });
+        let reason = if refused > 0 {
+            moved.stopped.or(Some(Refusal::CannotMove))
+        } else {
+            None
+        };
+        source.answer(
+            recall.id,
+            &RecallOutcome {
+                idle,
+                rebound: moved.bytes,
+                refused,
+                reason,
+            },
+        );
         let counted = [1, recall.bytes, idle + moved.bytes, refused];
         for (counter, value) in self.recalled.iter().zip(counted) {
             counter.fetch_add(value, Ordering::Relaxed);
@@ -261,7 +359,12 @@ impl Service {
         let short = demand.saturating_sub(heap.space().idle_granules());
         let reserve = reserve && !heap.space().is_exhausted();
         let displaced = heap.space().displaced().min(BACK_PER_TICK);
-        let ask = short + if reserve { heap.space().short_of().max(displaced) } else { 0 };
+        let ask = short
+            + if reserve {
+                heap.space().short_of().max(displaced)
+            } else {
+                0
+            };
         if ask == 0 {
             self.granted.raise();
         } else if self.asked.swap(true, Ordering::AcqRel) {
@@ -280,7 +383,10 @@ impl Service {
 
 /// Starts a thread of this service. `pthread_create` allocates, so this is
 /// never called inside `malloc`; the heap works without the thread meanwhile.
-fn spawn(main: extern "C" fn(*mut c_void) -> *mut c_void, heap: &'static Heap) -> Result<(), Errno> {
+fn spawn(
+    main: extern "C" fn(*mut c_void) -> *mut c_void,
+    heap: &'static Heap,
+) -> Result<(), Errno> {
     // SAFETY: plain libc calls on values that live here; the thread gets a
     // reference that lives for ever.
     let code = unsafe {
@@ -298,14 +404,20 @@ fn spawn(main: extern "C" fn(*mut c_void) -> *mut c_void, heap: &'static Heap) -
         libc::pthread_attr_destroy(&mut attr);
         code
     };
-    if code == 0 { Ok(()) } else { Err(Errno::from_raw_os_error(code)) }
+    if code == 0 {
+        Ok(())
+    } else {
+        Err(Errno::from_raw_os_error(code))
+    }
 }
 
 extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
     // SAFETY: `spawn` passed a heap that lives for ever.
     let heap: &'static Heap = unsafe { &*heap.cast::<Heap>() };
     let service = heap.service();
-    let Some(source) = service.source() else { return null_mut() };
+    let Some(source) = service.source() else {
+        return null_mut();
+    };
     let _ = rustix::thread::set_name(c"dcmalloc");
     source.adopt_thread();
     let mut evacuator = Evacuator::start(source);
@@ -322,13 +434,17 @@ extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
         if service.stand_still(heap, source, &mut evacuator) {
             restraint = RESTRAINT;
         }
+        if service.trimmed(heap, source) {
+            restraint = RESTRAINT;
+        }
         service.ask(heap, source, restraint == 0);
         restraint = restraint.saturating_sub(1);
         while let Some(recall) = service.take_recall() {
             service.answer(heap, source, &recall, &mut evacuator);
             restraint = RESTRAINT;
         }
-        heap.wanted().wait(seen, if quiet > 20 { TICK_QUIET } else { TICK });
+        heap.wanted()
+            .wait(seen, if quiet > 20 { TICK_QUIET } else { TICK });
         heap.space().tick();
         heap.extent_arenas().for_each(engine::decay);
         if restraint == 0
@@ -337,10 +453,8 @@ extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
             evacuator.bring_back(heap, source);
         }
         let surplus = Recall {
-            id: 0,
             bytes: (heap.space().surplus() * GRANULE) as u64,
-            deadline: TICK,
-            ranges: Ranges::EMPTY,
+            ..NOTHING
         };
         let min_age = heap.config().return_after_ms / TICK.as_millis() as u32;
         service.give_back(heap, source, &surplus, min_age);
@@ -356,11 +470,17 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
     // SAFETY: `spawn` passed a heap that lives for ever.
     let heap: &'static Heap = unsafe { &*heap.cast::<Heap>() };
     let service = heap.service();
-    let Some(source) = service.source() else { return null_mut() };
+    let Some(source) = service.source() else {
+        return null_mut();
+    };
     let _ = rustix::thread::set_name(c"dcmalloc-hear");
     while service.is_running() {
         match source.next_event(Duration::from_secs(3600)) {
-            Event::Granted { ranges, exhausted, last } => {
+            Event::Granted {
+                ranges,
+                exhausted,
+                last,
+            } => {
                 heap.space().lend(&ranges);
                 if last {
                     heap.space().set_exhausted(exhausted);
@@ -377,7 +497,12 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
                 heap.wanted().raise();
             }
             Event::Recall(recall) => {
-                if let Some(free) = service.recalls.lock().iter_mut().find(|slot| slot.is_none()) {
+                if let Some(free) = service
+                    .recalls
+                    .lock()
+                    .iter_mut()
+                    .find(|slot| slot.is_none())
+                {
                     *free = Some(recall);
                 }
                 heap.wanted().raise();

@@ -33,7 +33,10 @@ pub struct Ranges {
 
 impl Ranges {
     /// No range.
-    pub const EMPTY: Self = Self { items: [WindowRange { offset: 0, len: 0 }; RANGES_PER_EVENT], len: 0 };
+    pub const EMPTY: Self = Self {
+        items: [WindowRange { offset: 0, len: 0 }; RANGES_PER_EVENT],
+        len: 0,
+    };
 
     /// Adds a range, extending the last one where they touch. `false`: full.
     pub fn push(&mut self, range: WindowRange) -> bool {

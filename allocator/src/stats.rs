@@ -49,7 +49,9 @@ impl Stats {
     /// in hundredths of a percent.
     pub fn extent_share_at_peak(&self) -> u64 {
         let peak = self.usage.live_peak + self.outside;
-        (self.usage.extent_live_at_peak * 10_000).checked_div(peak).unwrap_or(0)
+        (self.usage.extent_live_at_peak * 10_000)
+            .checked_div(peak)
+            .unwrap_or(0)
     }
 }
 
@@ -68,7 +70,12 @@ pub struct Stalls {
 
 impl Stalls {
     /// None.
-    pub const NONE: Self = Self { count: 0, p50: 0, p99: 0, max: 0 };
+    pub const NONE: Self = Self {
+        count: 0,
+        p50: 0,
+        p99: 0,
+        max: 0,
+    };
 }
 
 impl From<&StallHistogram> for Stalls {

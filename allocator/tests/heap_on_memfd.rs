@@ -16,7 +16,11 @@ const MIB: usize = 1 << 20;
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < Duration::from_secs(5), "{what}: {:?}", HEAP.stats());
+        assert!(
+            start.elapsed() < Duration::from_secs(5),
+            "{what}: {:?}",
+            HEAP.stats()
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -39,7 +43,10 @@ fn check_and_free(blocks: impl IntoIterator<Item = (usize, *mut u8)>, size: usiz
     for (number, block) in blocks {
         // SAFETY: a block of `fill`, still live.
         let bytes = unsafe { std::slice::from_raw_parts(block, size) };
-        assert!(bytes.iter().all(|byte| *byte == number as u8), "block {number} changed");
+        assert!(
+            bytes.iter().all(|byte| *byte == number as u8),
+            "block {number} changed"
+        );
         // SAFETY: live, and not used again.
         unsafe { allocator::engine::free(block) };
     }
@@ -69,21 +76,31 @@ fn life_of_a_heap() {
     // What is freed goes back, without help and while the rest stays intact.
     let held = stats.usage.extent_held;
     check_and_free(large.into_iter().enumerate(), 3 * MIB / 2);
-    wait_for("freed large blocks go back", || HEAP.stats().usage.extent_held + 28 * MIB as u64 <= held);
-    let (keep, drop): (Vec<_>, Vec<_>) = small.into_iter().enumerate().partition(|(n, _)| *n >= 36_000);
+    wait_for("freed large blocks go back", || {
+        HEAP.stats().usage.extent_held + 28 * MIB as u64 <= held
+    });
+    let (keep, drop): (Vec<_>, Vec<_>) = small
+        .into_iter()
+        .enumerate()
+        .partition(|(n, _)| *n >= 36_000);
     check_and_free(drop, 1024);
     wait_for("90 % freed: at least 80 % goes back", || {
         HEAP.stats().usage.extent_held <= (40 * MIB / 5) as u64
     });
     wait_for("every granule is with the source or with the heap", || {
-        source.free_granules() * GRANULE + HEAP.stats().usage.extent_held as usize == GRANULES * GRANULE
+        source.free_granules() * GRANULE + HEAP.stats().usage.extent_held as usize
+            == GRANULES * GRANULE
     });
 
     // calloc promises zeroes on granules that were used, and on returned ones.
     for size in [64, 4096, 5 * MIB] {
         let block = HEAP.allocate(size, 16, true);
         // SAFETY: a new block of `size` bytes.
-        assert!(unsafe { std::slice::from_raw_parts(block, size) }.iter().all(|byte| *byte == 0));
+        assert!(
+            unsafe { std::slice::from_raw_parts(block, size) }
+                .iter()
+                .all(|byte| *byte == 0)
+        );
         // SAFETY: live, and not used again.
         unsafe { allocator::engine::free(block) };
     }
@@ -93,14 +110,21 @@ fn life_of_a_heap() {
     let outcome = source.recall(1, (GRANULES * GRANULE) as u64);
     let usage = HEAP.stats().usage;
     assert!(usage.extent_live <= before);
-    assert_eq!(usage.extent_held - usage.idle, outcome.refused, "{outcome:?}");
+    assert_eq!(
+        usage.extent_held - usage.idle,
+        outcome.refused,
+        "{outcome:?}"
+    );
     check_and_free(keep, 1024);
 
     // No capacity: DRAM, and it is counted; capacity again: extents.
     source.close(true);
     let blocks = fill(10, 4 * MIB);
     let stats = HEAP.stats();
-    assert!(stats.exhausted > 0 && stats.usage.dram_live >= 30 * MIB as u64, "{stats:?}");
+    assert!(
+        stats.exhausted > 0 && stats.usage.dram_live >= 30 * MIB as u64,
+        "{stats:?}"
+    );
     source.close(false);
     source.send(allocator::source::Event::CapacityAvailable);
     wait_for("capacity is noticed", || !HEAP.space().is_exhausted());
@@ -115,5 +139,7 @@ fn life_of_a_heap() {
         assert!(HEAP.allocate(size, 16, false).is_null(), "{size:#x}");
     }
     assert!(start.elapsed() < Duration::from_secs(1));
-    wait_for("all but a reserve goes back", || HEAP.stats().usage.extent_held <= 6 * MIB as u64);
+    wait_for("all but a reserve goes back", || {
+        HEAP.stats().usage.extent_held <= 6 * MIB as u64
+    });
 }

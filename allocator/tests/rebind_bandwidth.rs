@@ -9,6 +9,7 @@ use rebind_rig::{Heap, move_run, on_mover};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use std::ffi::c_void;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
 const GRANULES: usize = 32;
@@ -69,17 +70,24 @@ fn move_all(mover: &mut Mover, heap: &Heap, memory: impl Fn(usize) -> (Memory, M
     })
 }
 
+/// A heap on populated extents with huge pages.
+fn huge_heap() -> Option<Heap> {
+    let heap = Heap::new(GRANULES);
+    let len = 2 * GRANULES * GRANULE;
+    // SAFETY: the test's own mappings.
+    unsafe { std::ptr::write_bytes(heap.alias as *mut u8, 1, len) };
+    if collapse(heap.alias, len) {
+        return Some(heap);
+    }
+    println!("SKIPPED: MADV_COLLAPSE is not supported, extents have small pages");
+    None
+}
+
 #[test]
 #[ignore = "a measurement: needs an idle machine and a release build"]
 fn bandwidth() {
-    let heap = Heap::new(GRANULES);
+    let Some(heap) = huge_heap() else { return };
     let len = GRANULES * GRANULE;
-    // SAFETY: the test's own mappings.
-    unsafe { std::ptr::write_bytes(heap.alias as *mut u8, 1, 2 * len) };
-    if !collapse(heap.alias, 2 * len) {
-        println!("SKIPPED: MADV_COLLAPSE is not supported, extents have small pages");
-        return;
-    }
     let (low, high) = (heap.alias, heap.alias + len);
     let [mut copy, mut fresh, mut to_extent, mut to_dram, mut back] = [const { Vec::new() }; 5];
     on_mover(None, |mover| {
@@ -129,4 +137,53 @@ fn bandwidth() {
     );
     assert!(copy / to_extent >= 0.6, "extent to extent is too slow");
     assert!(fresh / to_dram >= 0.8, "extent to DRAM is too slow");
+}
+
+#[test]
+#[ignore = "a measurement: needs an idle machine and a release build"]
+fn stalls_of_a_busy_thread() {
+    let Some(heap) = huge_heap() else { return };
+    let (low, len) = (heap.alias, GRANULES * GRANULE);
+    let one_copy = median(
+        (0..ROUNDS)
+            .map(|_| timed(|| memcpy(low, low + len, len)))
+            .collect(),
+    );
+    let one_copy = one_copy / GRANULES as f64;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut at = 0;
+            while !stop.load(Relaxed) {
+                at = (at + 0x3_1415_9000) % len;
+                // SAFETY: a byte of the heap, which nobody else writes to.
+                unsafe { ((heap.va + at) as *mut u8).write_volatile(1) };
+            }
+        });
+        let stalls = on_mover(None, |mover| {
+            let mut mover = mover.unwrap();
+            let (here, there) = (|i| heap.extent(i), |i| heap.extent(GRANULES + i));
+            for _ in 0..10 * ROUNDS {
+                move_all(&mut mover, &heap, |i| (here(i), there(i)));
+                move_all(&mut mover, &heap, |i| (there(i), Memory::Dram));
+                move_all(&mut mover, &heap, |i| (Memory::Dram, here(i)));
+            }
+            mover.stalls()
+        });
+        stop.store(true, Relaxed);
+        let copies = |ns: u64| ns as f64 / 1e9 / one_copy;
+        let p999 = copies(stalls.percentile(0.999));
+        println!("one copy of a granule: {:.0} us", one_copy * 1e6);
+        println!(
+            "{} accesses hit a moving granule; in copies:",
+            stalls.count()
+        );
+        let p50 = copies(stalls.percentile(0.5));
+        let p99 = copies(stalls.percentile(0.99));
+        println!(
+            "p50 {p50:.1}, p99 {p99:.1}, p99.9 {p999:.1}, max {:.1}",
+            copies(stalls.max())
+        );
+        assert!(p999 < 10.0, "threads wait too long");
+    });
 }

@@ -15,7 +15,9 @@ use allocator::source::{Event, ExtentSource, Ranges, Recall, RecallOutcome, Refu
 use allocator::space::keep_private;
 use allocator::stats::Stats;
 use dax_backend::broker::client::{ConnectError, RecallOutcome as WireOutcome, Welcome};
-use dax_backend::broker::client_page::{DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND};
+use dax_backend::broker::client_page::{
+    DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
+};
 use dax_backend::broker::protocol::{RefusalReason, WindowRange as WireRange};
 use dax_backend::broker::{BrokerClient, ClientPageMapping, FromBroker};
 use rustix::io::Errno;
@@ -54,9 +56,16 @@ impl BrokerSource {
         let (client, welcome) = BrokerClient::connect(path, run)?;
         let window = map_window(&welcome).map_err(SourceError::Window)?;
         let page = welcome.page;
-        page.pid.store(u64::from(std::process::id()), Ordering::Relaxed);
+        page.pid
+            .store(u64::from(std::process::id()), Ordering::Relaxed);
         let userfaultfd = welcome.userfaultfd;
-        Ok(Self { client, page, window, userfaultfd, lost: AtomicU64::new(0) })
+        Ok(Self {
+            client,
+            page,
+            window,
+            userfaultfd,
+            lost: AtomicU64::new(0),
+        })
     }
 }
 
@@ -77,7 +86,16 @@ fn map_window(welcome: &Welcome) -> Result<(usize, usize), Errno> {
     }? as usize;
     let addr = raw.next_multiple_of(granule);
     // SAFETY: inside the reservation just made, which nobody else uses.
-    unsafe { mmap(addr as *mut _, len, prot, flags | MapFlags::FIXED, &welcome.window, welcome.window_base) }?;
+    unsafe {
+        mmap(
+            addr as *mut _,
+            len,
+            prot,
+            flags | MapFlags::FIXED,
+            &welcome.window,
+            welcome.window_base,
+        )
+    }?;
     // SAFETY: the mapping just made.
     unsafe { keep_private(addr, len) }?;
     Ok((addr, len))
@@ -90,7 +108,10 @@ impl ExtentSource for BrokerSource {
 
     fn adopt_thread(&self) {
         let socket = self.client.fd().as_raw_fd();
-        own_table(socket, self.userfaultfd.as_ref().map_or(socket, AsRawFd::as_raw_fd));
+        own_table(
+            socket,
+            self.userfaultfd.as_ref().map_or(socket, AsRawFd::as_raw_fd),
+        );
     }
 
     fn thread_adopted(&self) {
@@ -114,7 +135,10 @@ impl ExtentSource for BrokerSource {
         let mut wire = [WireRange { offset: 0, len: 0 }; allocator::source::RANGES_PER_EVENT];
         let ranges = ranges.as_slice();
         for (wire, range) in wire.iter_mut().zip(ranges) {
-            *wire = WireRange { offset: range.offset, len: range.len };
+            *wire = WireRange {
+                offset: range.offset,
+                len: range.len,
+            };
         }
         self.client.return_ranges(&wire[..ranges.len()]).is_ok()
     }
@@ -132,13 +156,28 @@ impl ExtentSource for BrokerSource {
     fn next_event(&self, timeout: Duration) -> Event {
         match self.client.recv(Some(timeout)) {
             Ok(None) => Event::Timeout,
-            Ok(Some(FromBroker::Grant { ranges, exhausted, last })) => {
-                Event::Granted { ranges: from_wire(ranges.as_slice()), exhausted, last }
-            }
+            Ok(Some(FromBroker::Grant {
+                ranges,
+                exhausted,
+                last,
+            })) => Event::Granted {
+                ranges: from_wire(ranges.as_slice()),
+                exhausted,
+                last,
+            },
             Ok(Some(FromBroker::CapacityAvailable)) => Event::CapacityAvailable,
-            Ok(Some(FromBroker::Recall { id, bytes, deadline, ranges, .. })) => {
-                Event::Recall(Recall { id, bytes, deadline, ranges: from_wire(ranges.as_slice()) })
-            }
+            Ok(Some(FromBroker::Recall {
+                id,
+                bytes,
+                deadline,
+                ranges,
+                ..
+            })) => Event::Recall(Recall {
+                id,
+                bytes,
+                deadline,
+                ranges: from_wire(ranges.as_slice()),
+            }),
             Err(_) => {
                 self.lost.store(1, Ordering::Relaxed);
                 Event::Closed
@@ -154,7 +193,10 @@ impl ExtentSource for BrokerSource {
             (stats.unknown_settings > 0, DEGRADED_CONFIG),
             (self.lost.load(Ordering::Relaxed) > 0, DEGRADED_DISCONNECTED),
         ];
-        let flags = degraded.iter().filter(|(is, _)| *is).fold(0, |all, (_, flag)| all | flag);
+        let flags = degraded
+            .iter()
+            .filter(|(is, _)| *is)
+            .fold(0, |all, (_, flag)| all | flag);
         let page = &*self.page;
         let granule = allocator::space::GRANULE as u64;
         let dram_live = usage.dram_live + stats.outside;
@@ -204,7 +246,10 @@ fn reason(refusal: Option<Refusal>) -> RefusalReason {
 fn from_wire(wire: &[WireRange]) -> Ranges {
     let mut ranges = Ranges::EMPTY;
     for range in wire {
-        ranges.push(WindowRange { offset: range.offset, len: range.len });
+        ranges.push(WindowRange {
+            offset: range.offset,
+            len: range.len,
+        });
     }
     ranges
 }

@@ -63,7 +63,10 @@ fn environment(name: &CStr) -> Option<&'static CStr> {
 
 /// The 32 hexadecimal digits of a UUID.
 fn run_id(text: &CStr) -> u128 {
-    let digits = text.to_bytes().iter().filter_map(|byte| char::from(*byte).to_digit(16));
+    let digits = text
+        .to_bytes()
+        .iter()
+        .filter_map(|byte| char::from(*byte).to_digit(16));
     digits.fold(0, |id, digit| id << 4 | u128::from(digit))
 }
 
@@ -83,7 +86,13 @@ fn complain(error: &SourceError) {
             Ok(())
         }
     }
-    let mut line = Line { text: [0; 256], len: 0 };
-    let _ = writeln!(line, "dcmalloc: no extents, the heap stays in DRAM: {error}");
+    let mut line = Line {
+        text: [0; 256],
+        len: 0,
+    };
+    let _ = writeln!(
+        line,
+        "dcmalloc: no extents, the heap stays in DRAM: {error}"
+    );
     let _ = rustix::io::write(rustix::stdio::stderr(), &line.text[..line.len]);
 }

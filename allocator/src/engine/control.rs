@@ -26,9 +26,16 @@ impl ArenaIndex {
             hooks: *const je::extent_hooks_t,
             metadata_use_hooks: bool,
         }
-        let config = Config { hooks: hooks.as_jemalloc(), metadata_use_hooks: false };
+        let config = Config {
+            hooks: hooks.as_jemalloc(),
+            metadata_use_hooks: false,
+        };
         let mut index: c_uint = 0;
-        exchange(c"experimental.arenas_create_ext", Some(&mut index), Some(config))?;
+        exchange(
+            c"experimental.arenas_create_ext",
+            Some(&mut index),
+            Some(config),
+        )?;
         let arena = Self(index);
         arena.write(c"arena.0.dirty_decay_ms", decay_ms)?;
         arena.write(c"arena.0.muzzy_decay_ms", 0isize)?;
@@ -54,7 +61,8 @@ impl ArenaIndex {
     fn control(self, name: &CStr, new: *mut c_void, len: usize) -> Option<()> {
         let (mib, depth) = self.mib(name)?;
         // SAFETY: the mib is one that jemalloc just made; `new` has `len` bytes.
-        let code = unsafe { je::mallctlbymib(mib.as_ptr(), depth, null_mut(), null_mut(), new, len) };
+        let code =
+            unsafe { je::mallctlbymib(mib.as_ptr(), depth, null_mut(), null_mut(), new, len) };
         (code == 0).then_some(())
     }
 

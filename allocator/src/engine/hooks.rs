@@ -4,6 +4,7 @@
 //! never allocate, never touch `errno`, and talk to nobody: pages come from
 //! granules that are in the space already.
 
+use core::cell::Cell;
 use core::ffi::{c_uint, c_void};
 use core::ptr::null_mut;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -24,6 +25,20 @@ pub(super) fn note_early(bytes: u64) {
 /// What of it is left.
 pub fn early_bytes() -> u64 {
     EARLY.load(Ordering::Relaxed)
+}
+
+thread_local! {
+    /// This thread would rather fail than have DRAM in place of an extent.
+    static LENT_ONLY: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `f`, in which extents are not replaced by DRAM: what needs a new
+/// granule and finds none lent fails.
+pub fn lent_only<T>(f: impl FnOnce() -> T) -> T {
+    LENT_ONLY.set(true);
+    let result = f();
+    LENT_ONLY.set(false);
+    result
 }
 
 /// The hooks of all arenas that take pages of one tier from one space.
@@ -57,7 +72,12 @@ impl Hooks {
             split: Some(split),
             merge: Some(merge),
         };
-        Self { table, space, tier, low }
+        Self {
+            table,
+            space,
+            tier,
+            low,
+        }
     }
 
     pub(super) fn as_jemalloc(&'static self) -> *const je::extent_hooks_t {
@@ -84,7 +104,9 @@ unsafe extern "C" fn alloc(
     // SAFETY: called by jemalloc.
     let hooks = unsafe { Hooks::of(table) };
     let run = if new_addr.is_null() {
-        hooks.space.alloc(hooks.tier, size, alignment)
+        hooks
+            .space
+            .alloc(hooks.tier, size, alignment, !LENT_ONLY.get())
     } else {
         hooks.space.alloc_at(hooks.tier, new_addr as usize, size)
     };
@@ -92,10 +114,16 @@ unsafe extern "C" fn alloc(
         hooks.low.raise();
     }
     let Some(run) = run else { return null_mut() };
-    // SAFETY: jemalloc's own flags. `zero` promises zeroes, so it is said only
-    // of pages that nobody has written since they were lent or mapped.
+    // SAFETY: jemalloc's own flag: whether it must have zeroes.
+    if unsafe { *zero } && !run.zeroed {
+        // SAFETY: a run that was just handed out, and is nobody's yet.
+        unsafe { core::ptr::write_bytes(run.addr as *mut u8, 0, size) };
+    }
+    // SAFETY: jemalloc's own flags. `zero` promises zeroes, so without being
+    // asked it is said only of pages that nobody has written since they were
+    // lent or mapped.
     unsafe {
-        *zero = run.zeroed;
+        *zero |= run.zeroed;
         *commit = true;
     }
     run.addr as *mut c_void

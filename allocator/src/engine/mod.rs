@@ -8,8 +8,10 @@ mod control;
 mod hooks;
 mod start;
 
-pub use control::{ArenaIndex, MAX_ARENAS, Statistics, automatic, decay, purge, statistics, take_over, whole_class};
-pub use hooks::{Hooks, early_bytes};
+pub use control::{
+    ArenaIndex, MAX_ARENAS, Statistics, automatic, decay, purge, statistics, take_over, whole_class,
+};
+pub use hooks::{Hooks, early_bytes, lent_only};
 pub use start::prepare;
 
 use core::ffi::{c_int, c_void};
@@ -52,7 +54,11 @@ pub fn allocate(size: usize, align: usize, zero: bool) -> *mut u8 {
 
 #[inline]
 fn flags(align: usize, zero: bool) -> c_int {
-    let align = if align == 0 { 0 } else { je::MALLOCX_ALIGN(align) };
+    let align = if align == 0 {
+        0
+    } else {
+        je::MALLOCX_ALIGN(align)
+    };
     align | if zero { je::MALLOCX_ZERO } else { 0 }
 }
 
@@ -70,7 +76,12 @@ pub unsafe fn reallocate(ptr: *mut u8, size: usize, align: usize) -> *mut u8 {
 ///
 /// # Safety
 /// As [`reallocate`].
-pub unsafe fn reallocate_into(arena: ArenaIndex, ptr: *mut u8, size: usize, align: usize) -> *mut u8 {
+pub unsafe fn reallocate_into(
+    arena: ArenaIndex,
+    ptr: *mut u8,
+    size: usize,
+    align: usize,
+) -> *mut u8 {
     let flags = je::MALLOCX_ARENA(arena.0 as usize) | je::MALLOCX_TCACHE_NONE | flags(align, false);
     // SAFETY: the caller's promise.
     unsafe { je::rallocx(ptr.cast(), size, flags) }.cast()

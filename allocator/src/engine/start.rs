@@ -30,7 +30,11 @@ static OPTIONS: Options = Options(UnsafeCell::new({
     let mut text = [0; LEN];
     let mut i = 0;
     while i < LEN - 1 {
-        text[i] = if i < TEXT.len() { TEXT[i] } else { NARENAS[i - TEXT.len()] };
+        text[i] = if i < TEXT.len() {
+            TEXT[i]
+        } else {
+            NARENAS[i - TEXT.len()]
+        };
         i += 1;
     }
     text

@@ -13,7 +13,8 @@ use rustix::mm::{madvise, mmap_anonymous, mremap_fixed, munmap};
 pub(super) fn reserve(len: usize, align: usize) -> Result<usize, Errno> {
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: a new mapping at an address of the kernel's choice.
-    let raw = unsafe { mmap_anonymous(null_mut(), len + align, ProtFlags::empty(), flags) }? as usize;
+    let raw =
+        unsafe { mmap_anonymous(null_mut(), len + align, ProtFlags::empty(), flags) }? as usize;
     let start = raw.next_multiple_of(align);
     trim(raw, start);
     trim(start + len, raw + len + align);
@@ -31,7 +32,8 @@ fn trim(from: usize, to: usize) {
 pub(super) fn table(len: usize) -> Result<usize, Errno> {
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: a new mapping at an address of the kernel's choice.
-    let table = unsafe { mmap_anonymous(null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+    let table =
+        unsafe { mmap_anonymous(null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
     Ok(table as usize)
 }
 

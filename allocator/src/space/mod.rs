@@ -227,9 +227,10 @@ impl Space {
     }
 
     /// A run of `len` bytes, aligned to `align`; both multiples of a page,
-    /// `align` a power of two. Never waits: `None` if no lent granule is left,
+    /// `align` a power of two. `dram`: where no lent granule is unused, DRAM
+    /// will do, if the policy allows it. Never waits: `None` if no lent granule is left,
     /// the addresses are used up, or the kernel refused a mapping.
-    pub fn alloc(&self, tier: Tier, len: usize, align: usize) -> Option<Run> {
+    pub fn alloc(&self, tier: Tier, len: usize, align: usize, dram: bool) -> Option<Run> {
         let pages = len.checked_next_multiple_of(PAGE)? / PAGE;
         let mut state = self.state.lock();
         if state.granules == 0 || pages == 0 {
@@ -241,10 +242,13 @@ impl Space {
         {
             return Some(run);
         }
-        let dram_allowed = state.extents_closed || self.dram_when_exhausted.load(Ordering::Relaxed);
+        let dram_allowed =
+            state.extents_closed || dram && self.dram_when_exhausted.load(Ordering::Relaxed);
         let run = state.alloc_across(tier, pages, align.max(GRANULE) / GRANULE, dram_allowed);
         if state.short_of() > 0 {
-            let _ = self.low.compare_exchange(FINE, SHORT, Ordering::Relaxed, Ordering::Relaxed);
+            let _ = self
+                .low
+                .compare_exchange(FINE, SHORT, Ordering::Relaxed, Ordering::Relaxed);
         }
         run
     }
@@ -268,7 +272,8 @@ impl Space {
         };
         for (at, start, pages) in pieces(addr) {
             let granule = state.granule(state.index(at)?);
-            let usable = granule.tier == tier && granule.backing != Backing::None && !granule.in_flight;
+            let usable =
+                granule.tier == tier && granule.backing != Backing::None && !granule.in_flight;
             if !usable || granule.live.intersects(start, pages) {
                 return None;
             }
@@ -285,7 +290,10 @@ impl Space {
     /// once, until granules are lent.
     pub fn runs_low(&self) -> bool {
         self.low.load(Ordering::Relaxed) == SHORT
-            && self.low.compare_exchange(SHORT, TOLD, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+            && self
+                .low
+                .compare_exchange(SHORT, TOLD, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
     }
 
     /// Takes back a run, or any piece of one or several neighbours.
@@ -356,7 +364,9 @@ impl Space {
                 break;
             }
             let granule = *state.granule(index);
-            let Backing::Extent(offset) = granule.backing else { continue };
+            let Backing::Extent(offset) = granule.backing else {
+                continue;
+            };
             let age = state.tick.wrapping_sub(granule.idle_since);
             if !granule.is_idle() || age < min_age || !wants(wanted, offset) {
                 continue;
@@ -364,7 +374,10 @@ impl Space {
             if out.is_full() || !state.unback_idle(index) {
                 break;
             }
-            out.push(WindowRange { offset, len: GRANULE as u64 });
+            out.push(WindowRange {
+                offset,
+                len: GRANULE as u64,
+            });
             taken += 1;
         }
         if state.tick.wrapping_sub(state.lent_at) >= min_age {
@@ -420,4 +433,3 @@ impl Space {
         self.set_exhausted(true);
     }
 }
-

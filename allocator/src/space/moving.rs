@@ -87,11 +87,17 @@ impl Space {
             }
         };
         let least = |&index: &usize| state.granule(index).live.count();
-        let first = (0..state.high).filter(|&index| may(&state, index)).min_by_key(least)?;
+        let first = (0..state.high)
+            .filter(|&index| may(&state, index))
+            .min_by_key(least)?;
         let mut picked = state.new_move(first);
         let mut dram = leaving.dram;
         while picked.len < RUN.min(leaving.granules) && may(&state, first + picked.len) {
-            let other = if leaving.to_extents { state.pool.take_outside(leaving.wanted) } else { None };
+            let other = if leaving.to_extents {
+                state.pool.take_outside(leaving.wanted)
+            } else {
+                None
+            };
             let to = match other {
                 Some(offset) => {
                     state.usage.idle -= GRANULE as u64;
@@ -123,7 +129,9 @@ impl Space {
         let first = (0..state.high).find(|&index| may(&state, index))?;
         let mut picked = state.new_move(first);
         while picked.len < RUN.min(granules) && may(&state, first + picked.len) {
-            let Some(offset) = state.pool.take() else { break };
+            let Some(offset) = state.pool.take() else {
+                break;
+            };
             state.usage.idle -= GRANULE as u64;
             state.depart(&mut picked, Backing::Extent(offset));
         }
@@ -144,12 +152,18 @@ impl Space {
     /// has its old backing still.
     pub fn end_move(&self, ended: Move, stayed: u32) -> Ended {
         let mut state = self.state.lock();
-        let mut result = Ended { freed: Ranges::EMPTY, moved: 0 };
+        let mut result = Ended {
+            freed: Ranges::EMPTY,
+            moved: 0,
+        };
         for i in 0..ended.len {
             let arrived = stayed & (1 << i) == 0;
             result.moved += usize::from(arrived);
             if let Some(offset) = state.arrive(&ended, i, arrived) {
-                result.freed.push(WindowRange { offset, len: GRANULE as u64 });
+                result.freed.push(WindowRange {
+                    offset,
+                    len: GRANULE as u64,
+                });
             }
         }
         result
@@ -168,7 +182,8 @@ impl Space {
         let state = self.state.lock();
         (0..state.high).any(|index| {
             let granule = state.granule(index);
-            granule.in_flight || (matches!(granule.backing, Backing::Extent(_)) && !granule.live.is_empty())
+            granule.in_flight
+                || (matches!(granule.backing, Backing::Extent(_)) && !granule.live.is_empty())
         })
     }
 
@@ -212,7 +227,11 @@ impl State {
     /// Books granule `i` of a move as where it is now; what it freed.
     fn arrive(&mut self, ended: &Move, i: usize, moved: bool) -> Option<u64> {
         let (index, at) = (ended.index + i, ended.addr + i * GRANULE);
-        let (now, other) = if moved { (ended.to[i], ended.from[i]) } else { (ended.from[i], ended.to[i]) };
+        let (now, other) = if moved {
+            (ended.to[i], ended.from[i])
+        } else {
+            (ended.from[i], ended.to[i])
+        };
         let granule = self.granule_mut(index);
         granule.in_flight = false;
         granule.refused = !moved;
@@ -224,8 +243,10 @@ impl State {
         }
         let live = u64::from(granule.live.count()) * PAGE as u64;
         let whole = GRANULE as u64;
-        let (was_extent, is_extent) =
-            (matches!(ended.from[i], Backing::Extent(_)), matches!(now, Backing::Extent(_)));
+        let (was_extent, is_extent) = (
+            matches!(ended.from[i], Backing::Extent(_)),
+            matches!(now, Backing::Extent(_)),
+        );
         if was_extent && !is_extent {
             self.usage.extent_live -= live;
             self.usage.dram_live += live;

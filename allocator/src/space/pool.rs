@@ -19,7 +19,12 @@ pub(super) struct Pool {
 unsafe impl Send for Pool {}
 
 impl Pool {
-    pub(super) const NEW: Self = Self { words: core::ptr::null_mut(), len: 0, count: 0, first: 0 };
+    pub(super) const NEW: Self = Self {
+        words: core::ptr::null_mut(),
+        len: 0,
+        count: 0,
+        first: 0,
+    };
 
     /// Bytes of table that a window of `granules` needs.
     pub(super) const fn table_bytes(granules: usize) -> usize {
@@ -30,7 +35,12 @@ impl Pool {
     /// `table` is zeroed, 8-byte aligned memory of [`Pool::table_bytes`] bytes
     /// that nobody else uses, for ever.
     pub(super) unsafe fn open(&mut self, table: usize, granules: usize) {
-        *self = Self { words: table as *mut u64, len: granules.div_ceil(64), count: 0, first: 0 };
+        *self = Self {
+            words: table as *mut u64,
+            len: granules.div_ceil(64),
+            count: 0,
+            first: 0,
+        };
     }
 
     fn words(&mut self) -> &mut [u64] {
@@ -50,7 +60,9 @@ impl Pool {
     /// outside the window.
     pub(super) fn put(&mut self, offset: u64) -> bool {
         let index = (offset as usize) / GRANULE;
-        let Some(word) = self.words().get_mut(index / 64) else { return false };
+        let Some(word) = self.words().get_mut(index / 64) else {
+            return false;
+        };
         let bit = 1u64 << (index % 64);
         if *word & bit != 0 {
             return false;
@@ -98,14 +110,22 @@ impl Pool {
 
     /// Takes up to `granules` of those inside `wanted` (all, if that is
     /// empty) and adds them to `out` as far as it has room.
-    pub(super) fn drain(&mut self, granules: usize, wanted: &[WindowRange], out: &mut Ranges) -> usize {
+    pub(super) fn drain(
+        &mut self,
+        granules: usize,
+        wanted: &[WindowRange],
+        out: &mut Ranges,
+    ) -> usize {
         let mut taken = 0;
         for index in 0..self.len * 64 {
             let (word, bit) = (index / 64, 1u64 << (index % 64));
             if taken == granules || self.count == 0 {
                 break;
             }
-            let range = WindowRange { offset: (index * GRANULE) as u64, len: GRANULE as u64 };
+            let range = WindowRange {
+                offset: (index * GRANULE) as u64,
+                len: GRANULE as u64,
+            };
             if self.words()[word] & bit == 0 || !wants(wanted, range.offset) {
                 continue;
             }
@@ -122,7 +142,10 @@ impl Pool {
 
 /// Whether a recall that names `wanted` means the granule at `offset`.
 pub(super) fn wants(wanted: &[WindowRange], offset: u64) -> bool {
-    wanted.is_empty() || wanted.iter().any(|r| offset >= r.offset && offset - r.offset < r.len)
+    wanted.is_empty()
+        || wanted
+            .iter()
+            .any(|r| offset >= r.offset && offset - r.offset < r.len)
 }
 
 #[cfg(test)]
@@ -145,7 +168,9 @@ mod tests {
         }
         assert!(!pool.put(3 * GRANULE as u64), "twice");
         assert!(!pool.put(256 * GRANULE as u64), "outside the window");
-        let order: Vec<_> = core::iter::from_fn(|| pool.take()).map(|o| o / GRANULE as u64).collect();
+        let order: Vec<_> = core::iter::from_fn(|| pool.take())
+            .map(|o| o / GRANULE as u64)
+            .collect();
         assert_eq!(order, [3, 70, 150]);
         assert_eq!(pool.count(), 0);
     }
@@ -156,7 +181,10 @@ mod tests {
         for index in 0..10u64 {
             pool.put(index * GRANULE as u64);
         }
-        let wanted = [WindowRange { offset: 4 * GRANULE as u64, len: 3 * GRANULE as u64 }];
+        let wanted = [WindowRange {
+            offset: 4 * GRANULE as u64,
+            len: 3 * GRANULE as u64,
+        }];
         let mut out = Ranges::EMPTY;
         assert_eq!(pool.drain(usize::MAX, &wanted, &mut out), 3);
         assert_eq!(out.as_slice(), wanted);

@@ -79,12 +79,16 @@ impl State {
         self.base = base;
         self.granules = granules;
         self.table = table as *mut Granule;
-        self.gaps = [gaps as *mut u16, (gaps + granules * size_of::<u16>()) as *mut u16];
+        self.gaps = [
+            gaps as *mut u16,
+            (gaps + granules * size_of::<u16>()) as *mut u16,
+        ];
     }
 
     /// Whether an address lies in the reservation.
     pub(super) fn spans(&self, addr: usize) -> bool {
-        addr.checked_sub(self.base).is_some_and(|at| at < self.granules * GRANULE)
+        addr.checked_sub(self.base)
+            .is_some_and(|at| at < self.granules * GRANULE)
     }
 
     pub(super) fn addr(&self, index: usize) -> usize {
@@ -152,7 +156,10 @@ impl State {
             if let Some(start) = self.granule(index).live.first_gap(pages, align) {
                 self.hint[tier as usize][class] = hint.unwrap_or(index);
                 let zeroed = self.take_pages(index, start, pages);
-                return Some(Run { addr: self.addr(index) + start * PAGE, zeroed });
+                return Some(Run {
+                    addr: self.addr(index) + start * PAGE,
+                    zeroed,
+                });
             }
             index += 1;
         }
@@ -171,7 +178,10 @@ impl State {
         let new = (first..first + count)
             .filter(|&i| i >= self.high || self.granule(i).backing == Backing::None)
             .count();
-        if tier == Tier::Extent && !dram_allowed && new > self.pool.count() + self.interleave_share(new) {
+        if tier == Tier::Extent
+            && !dram_allowed
+            && new > self.pool.count() + self.interleave_share(new)
+        {
             return None;
         }
         while self.high < first + count {
@@ -180,7 +190,8 @@ impl State {
             self.high += 1;
         }
         for index in first..first + count {
-            if self.granule(index).backing == Backing::None && !self.back(index, tier, dram_allowed) {
+            if self.granule(index).backing == Backing::None && !self.back(index, tier, dram_allowed)
+            {
                 return None;
             }
         }
@@ -191,7 +202,10 @@ impl State {
             zeroed &= self.take_pages(index, 0, pages);
             left -= pages;
         }
-        Some(Run { addr: self.addr(first), zeroed })
+        Some(Run {
+            addr: self.addr(first),
+            zeroed,
+        })
     }
 
     /// Of `new` granules, how many at least the interleaving makes DRAM.
@@ -228,7 +242,9 @@ impl State {
     /// to be needed while more was on its way.
     fn reserve(&self) -> usize {
         let used = (self.usage.extent_held - self.usage.idle) as usize / GRANULE;
-        (used / 16).max(self.reserve_min.min(used / 8 + RESERVE_MIN)).min(RESERVE_MAX)
+        (used / 16)
+            .max(self.reserve_min.min(used / 8 + RESERVE_MIN))
+            .min(RESERVE_MAX)
     }
 
     fn idle(&self) -> usize {
@@ -271,18 +287,22 @@ impl State {
         if lent && offset.is_none() {
             self.note_miss();
         }
-        let backing = match offset {
-            Some(offset) => {
-                // SAFETY: a bare granule, and an offset that `lend` found to
-                // lie inside the window.
-                if unsafe { map::back_with_window(at, self.window + offset as usize, GRANULE) }.is_err() {
+        // Where the window can't be mapped (RLIMIT_AS counts the duplicate
+        // before it takes the place of the reservation), DRAM still can.
+        let mapped = offset.filter(|&offset| {
+            // SAFETY: a bare granule, and an offset that `lend` found to lie
+            // inside the window.
+            unsafe { map::back_with_window(at, self.window + offset as usize, GRANULE) }.is_ok()
+        });
+        let backing = match mapped {
+            Some(offset) => Backing::Extent(offset),
+            None => {
+                if let Some(offset) = offset {
                     self.pool.put(offset);
+                }
+                if tier == Tier::Extent && !by_choice && !dram_allowed {
                     return false;
                 }
-                Backing::Extent(offset)
-            }
-            None if tier == Tier::Extent && !by_choice && !dram_allowed => return false,
-            None => {
                 // SAFETY: a bare granule of this space.
                 if unsafe { map::back_with_dram(at, GRANULE) }.is_err() {
                     return false;
@@ -291,8 +311,13 @@ impl State {
                 Backing::Dram
             }
         };
-        *self.granule_mut(index) = 
-            Granule { backing, tier, by_choice, idle_since: self.tick, ..Granule::NEW };
+        *self.granule_mut(index) = Granule {
+            backing,
+            tier,
+            by_choice,
+            idle_since: self.tick,
+            ..Granule::NEW
+        };
         self.set_gap(index);
         true
     }
@@ -322,7 +347,10 @@ impl State {
     pub(super) fn free_within(&mut self, index: usize, start: usize, pages: usize) {
         let (at, tick) = (self.addr(index), self.tick);
         let granule = self.granule_mut(index);
-        debug_assert!(granule.live.contains(start, pages), "pages freed that are not live");
+        debug_assert!(
+            granule.live.contains(start, pages),
+            "pages freed that are not live"
+        );
         granule.live.remove(start, pages);
         let emptied = granule.live.is_empty();
         let bytes = (pages * PAGE) as u64;
@@ -339,7 +367,11 @@ impl State {
                 // SAFETY: the engine gave these pages, or all of the granule,
                 // back; nobody else may read them.
                 let dropped = unsafe {
-                    if emptied { map::unback(at, GRANULE) } else { map::drop_pages(at + start * PAGE, pages * PAGE) }
+                    if emptied {
+                        map::unback(at, GRANULE)
+                    } else {
+                        map::drop_pages(at + start * PAGE, pages * PAGE)
+                    }
                 };
                 if dropped.is_ok() {
                     granule.dirty.remove(start, pages);

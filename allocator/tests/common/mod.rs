@@ -35,10 +35,23 @@ impl MemfdSource {
         ftruncate(&memory, len as u64).unwrap();
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.
-        let addr = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, &memory, 0) }.unwrap();
+        let addr = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                len,
+                prot,
+                MapFlags::SHARED,
+                &memory,
+                0,
+            )
+        }
+        .unwrap();
         // SAFETY: the mapping just made.
         unsafe { keep_private(addr as usize, len) }.unwrap();
-        let state = State { free: (0..granules as u64).map(|i| i * GRANULE as u64).collect(), ..State::default() };
+        let state = State {
+            free: (0..granules as u64).map(|i| i * GRANULE as u64).collect(),
+            ..State::default()
+        };
         Box::leak(Box::new(Self {
             state: Mutex::new(state),
             changed: Condvar::new(),
@@ -67,13 +80,22 @@ impl MemfdSource {
     /// Asks `bytes` back and waits for the answer.
     pub(crate) fn recall(&self, id: u64, bytes: u64) -> RecallOutcome {
         let deadline = Duration::from_secs(5);
-        self.send(Event::Recall(Recall { id, bytes, deadline, ranges: Ranges::EMPTY }));
+        self.send(Event::Recall(Recall {
+            id,
+            bytes,
+            deadline,
+            ranges: Ranges::EMPTY,
+        }));
         let mut state = self.state.lock().unwrap();
         loop {
-            if let Some((_, outcome)) = state.outcomes.iter().find(|(answered, _)| *answered == id) {
+            if let Some((_, outcome)) = state.outcomes.iter().find(|(answered, _)| *answered == id)
+            {
                 return *outcome;
             }
-            let waited = self.changed.wait_timeout(state, Duration::from_secs(10)).unwrap();
+            let waited = self
+                .changed
+                .wait_timeout(state, Duration::from_secs(10))
+                .unwrap();
             assert!(!waited.1.timed_out(), "recall {id} was not answered");
             state = waited.0;
         }
@@ -96,14 +118,21 @@ impl ExtentSource for MemfdSource {
             let mut ranges = Ranges::EMPTY;
             while granted < want
                 && let Some(offset) = state.free.first().copied()
-                && ranges.push(WindowRange { offset, len: GRANULE as u64 })
+                && ranges.push(WindowRange {
+                    offset,
+                    len: GRANULE as u64,
+                })
             {
                 state.free.remove(&offset);
                 granted += 1;
             }
             let exhausted = state.free.is_empty() || state.closed;
             let last = granted >= want || exhausted;
-            state.events.push_back(Event::Granted { ranges, exhausted, last });
+            state.events.push_back(Event::Granted {
+                ranges,
+                exhausted,
+                last,
+            });
             if last {
                 break;
             }
@@ -117,9 +146,14 @@ impl ExtentSource for MemfdSource {
         for range in ranges.as_slice() {
             for step in 0..range.len / GRANULE as u64 {
                 let offset = range.offset + step * GRANULE as u64;
-                assert!(state.free.insert(offset), "granule {offset:#x} given back twice");
+                assert!(
+                    state.free.insert(offset),
+                    "granule {offset:#x} given back twice"
+                );
                 // SAFETY: given back, so nobody else reads or writes it.
-                unsafe { std::ptr::write_bytes((self.window.0 as u64 + offset) as *mut u8, 0, GRANULE) };
+                unsafe {
+                    std::ptr::write_bytes((self.window.0 as u64 + offset) as *mut u8, 0, GRANULE)
+                };
             }
         }
         state.events.push_back(Event::CapacityAvailable);

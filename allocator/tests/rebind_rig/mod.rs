@@ -1,13 +1,18 @@
-//! A heap of granules on a memfd, and a thread that moves them: what the
-//! rebind tests share.
+//! A heap of granules, and a thread that moves them: what the rebind tests
+//! share.
+//!
+//! The window is a memfd, or the device that `REBIND_WINDOW` names (such as
+//! `/dev/dax0.0`; then with `--test-threads=1`).
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use allocator::space::rebind::{
     GRANULE, LivePages, Memory, Monitor, Moved, Mover, RebindError, StartError, Step,
 };
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap, mmap_anonymous, mremap_fixed};
 use std::ffi::c_void;
+use std::fs::File;
 use std::ops::Range;
 use std::process::Command;
 use std::ptr::null_mut;
@@ -25,9 +30,8 @@ pub(crate) struct Heap {
 
 impl Heap {
     pub(crate) fn new(granules: usize) -> Self {
-        let window = rustix::fs::memfd_create("window", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let len = 2 * granules * GRANULE;
-        rustix::fs::ftruncate(&window, len as u64).unwrap();
+        let window = window(len);
         let access = ProtFlags::READ | ProtFlags::WRITE;
         let place = reserve(len);
         let flags = MapFlags::SHARED | MapFlags::FIXED;
@@ -62,6 +66,16 @@ impl Heap {
     pub(crate) fn word(&self, i: usize, offset: usize) -> *mut u64 {
         (self.granule(i) + offset) as *mut u64
     }
+}
+
+fn window(len: usize) -> OwnedFd {
+    if let Some(device) = std::env::var_os("REBIND_WINDOW") {
+        let device = File::options().read(true).write(true).open(device);
+        return device.unwrap().into();
+    }
+    let memfd = memfd_create("window", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&memfd, len as u64).unwrap();
+    memfd
 }
 
 fn reserve(len: usize) -> usize {

@@ -57,7 +57,8 @@ pub unsafe extern "C" fn mallocx(size: usize, flags: c_int) -> *mut c_void {
         return ptr;
     }
     let zero = flags & je::MALLOCX_ZERO != 0;
-    crate::standard::keep_errno(|| dcmalloc::process::HEAP.allocate(size, align(flags), zero)).cast()
+    crate::standard::keep_errno(|| dcmalloc::process::HEAP.allocate(size, align(flags), zero))
+        .cast()
 }
 
 /// A change of size with flags; as [`mallocx`].

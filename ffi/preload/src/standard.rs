@@ -88,7 +88,9 @@ extern "C" fn malloc_slow(size: usize) -> *mut c_void {
 /// calloc(3).
 #[unsafe(no_mangle)]
 pub extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
-    let Some(total) = count.checked_mul(size) else { return or_enomem(null_mut()) };
+    let Some(total) = count.checked_mul(size) else {
+        return or_enomem(null_mut());
+    };
     if total < DIRECT_BELOW.load(Ordering::Relaxed) {
         return engine::calloc(total).cast();
     }
@@ -110,7 +112,9 @@ pub unsafe extern "C" fn realloc(ptr: *mut c_void, size: usize) -> *mut c_void {
         return null_mut();
     }
     // SAFETY: the caller's promise.
-    or_enomem(keep_errno(|| unsafe { HEAP.reallocate(ptr.cast(), size, NATURAL) }))
+    or_enomem(keep_errno(|| unsafe {
+        HEAP.reallocate(ptr.cast(), size, NATURAL)
+    }))
 }
 
 /// reallocarray(3).
