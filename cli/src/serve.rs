@@ -7,6 +7,7 @@ use std::thread;
 use anyhow::Context;
 use clap::Args;
 use dax_backend::broker::{Admit, BrokerConfig, Listener, Stop};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use uuid::Uuid;
 
 use crate::failure::Failure;
@@ -65,6 +66,7 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
         admit,
         ..BrokerConfig::default()
     };
+    raise_descriptor_limit();
     let mut broker = emulate::broker(size, &offer, config)?;
     let listener = Listener::bind(&path, sockets::is_system())?;
     let stop = Stop::new().context("no descriptor left")?;
@@ -98,6 +100,15 @@ fn announce(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
+}
+
+/// A client takes three descriptors; the usual soft limit is for programs that
+/// use select(2).
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where it stays as it is, fewer clients fit.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// Lets go of what `dcm run` was started with: whoever waits for the end of a

@@ -119,7 +119,7 @@ impl Broker {
             }
         }
         let synced = self.sync_capacity();
-        if !taken.is_empty() {
+        if !taken.is_empty() || !synced.lost.is_empty() {
             self.taken_by_force(&taken, &synced.lost, now);
         }
         if !wanted.is_empty() {

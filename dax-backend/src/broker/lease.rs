@@ -117,6 +117,8 @@ pub(super) struct LeaseTable {
     pub(super) slots: Vec<Slot>,
     /// To be given to the device as soon as it is free; never leased again.
     pub(super) outgoing: Vec<bool>,
+    /// Made one huge page, and not wiped since in a way that undoes it.
+    huge: Vec<bool>,
     pub(super) extents: Vec<ExtentSlots>,
     counts: Counts,
 }
@@ -131,6 +133,7 @@ impl LeaseTable {
             block,
             slots: vec![Slot::Absent; granules],
             outgoing: vec![false; granules],
+            huge: vec![false; granules],
             extents: Vec::new(),
             counts: Counts::default(),
         }
@@ -171,6 +174,7 @@ impl LeaseTable {
                 (old, Slot::Absent) => {
                     self.set(index, Slot::Absent);
                     self.outgoing[index] = false;
+                    self.huge[index] = false;
                     if let Slot::Leased(client) = old {
                         let gone = range_of(index, 1);
                         match synced.lost.last_mut() {
@@ -258,12 +262,17 @@ impl LeaseTable {
         bytes
     }
 
-    /// The next run of free granules that must be zeroed, in the order of grants.
-    pub(super) fn next_dirty(&self) -> Option<WindowRange> {
+    /// The next run of free granules that must be wiped, in the order of
+    /// grants, and whether they are huge pages.
+    pub(super) fn next_dirty(&self) -> Option<(WindowRange, bool)> {
         if self.counts.dirty == 0 {
             return None;
         }
-        self.next_run(Slot::Dirty)
+        let run = self.next_run(Slot::Dirty)?;
+        let slots = granules(run);
+        let huge = self.huge[slots.start];
+        let alike = slots.clone().take_while(|i| self.huge[*i] == huge).count();
+        Some((range_of(slots.start, alike), huge))
     }
 
     /// The next zeroed granule that is not one huge page yet, if fewer than
@@ -294,7 +303,8 @@ impl LeaseTable {
     pub(super) fn zeroed(&mut self, range: WindowRange) {
         for index in granules(range) {
             if self.slots[index] == Slot::Dirty {
-                self.set(index, Slot::Clean);
+                let kept = self.huge[index];
+                self.set(index, if kept { Slot::Warm } else { Slot::Clean });
             }
         }
     }
@@ -304,6 +314,7 @@ impl LeaseTable {
     pub(super) fn warmed(&mut self, offset: u64) {
         let index = (offset / GRANULE) as usize;
         if self.slots[index] == Slot::Clean {
+            self.huge[index] = true;
             self.set(index, Slot::Warm);
         }
     }
@@ -440,9 +451,27 @@ mod tests {
         table.grant(A, 2 * GRANULE);
         table.give_back(A, range_of(0, 2)).unwrap();
         assert_eq!(table.grant(B, GRANULE), []);
-        assert_eq!(table.next_dirty(), Some(range_of(0, 2)));
+        assert_eq!(table.next_dirty(), Some((range_of(0, 2), false)));
         table.zeroed(range_of(0, 1));
         assert_eq!(granules_of(&table.grant(B, 2 * GRANULE)), [0]);
+    }
+
+    #[test]
+    fn huge_pages_outlive_a_lease() {
+        let mut table = table(&[extent(0, 3)]);
+        table.warmed(GRANULE);
+        // The warm one goes first.
+        assert_eq!(granules_of(&table.grant(A, 3 * GRANULE)), [1, 0, 2]);
+        table.end(A);
+        assert_eq!(table.next_dirty(), Some((range_of(0, 1), false)));
+        table.zeroed(range_of(0, 1));
+        assert_eq!(table.next_dirty(), Some((range_of(1, 1), true)));
+        table.zeroed(range_of(1, 2));
+        assert_eq!((table.counts().warm, table.counts().clean), (1, 2));
+        // What is leased meanwhile is not called warm.
+        table.grant(B, GRANULE);
+        table.warmed(GRANULE);
+        assert_eq!(table.counts().warm, 0);
     }
 
     #[test]
@@ -554,7 +583,7 @@ mod tests {
                     1 => drop(table.grant(B, count as u64 * GRANULE)),
                     2 => drop(table.give_back(A, range)),
                     3 => drop(table.end(B)),
-                    4 => if let Some(dirty) = table.next_dirty() {
+                    4 => if let Some((dirty, _)) = table.next_dirty() {
                         table.zeroed(dirty);
                         table.warmed(dirty.offset);
                     },

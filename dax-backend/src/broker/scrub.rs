@@ -5,12 +5,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 use super::mapping::Mapping;
 
 use super::protocol::{GRANULE, WindowRange};
+
+/// Bytes wiped with one system call: a millisecond or two if all of them are there.
+const PUNCHED_AT_ONCE: u64 = 4 * GRANULE;
 
 /// The device's memory as a file, mapped for the broker's own use.
 ///
@@ -50,60 +53,54 @@ impl Window {
         &self.mapping
     }
 
-    /// Zeroes `range` from its start until `budget` is used up, at least one
-    /// granule. Returns what reads as zero now. Where the file has holes
-    /// (a memfd's, never touched) there is nothing to do.
-    pub(super) fn zero(&mut self, range: WindowRange, budget: Duration) -> WindowRange {
+    /// Wipes `range` from its start until `budget` is used up, at least a
+    /// little. Returns what reads as zero now.
+    ///
+    /// A memfd's small pages are given back to the system, which is quicker
+    /// than writing them and leaves room for a huge page. `huge` pages were
+    /// dear to make: they are kept, and written.
+    pub(super) fn wipe(&mut self, range: WindowRange, huge: bool, budget: Duration) -> WindowRange {
         let started = Instant::now();
-        let mut done = range.offset;
-        while done < range.end() {
-            match self.next_data(done) {
-                Some(data) if data >= range.end() => done = range.end(),
-                Some(data) if data >= done + GRANULE => done = data - data % GRANULE,
-                _ => {
-                    self.mapping.fill_zero(done);
-                    done += GRANULE;
-                    if started.elapsed() >= budget {
-                        break;
-                    }
+        let mut done = 0;
+        while done < range.len {
+            let step = (range.len - done).min(if huge { GRANULE } else { PUNCHED_AT_ONCE });
+            let part = WindowRange {
+                offset: range.offset + done,
+                len: step,
+            };
+            if huge || self.punch(part).is_err() {
+                for offset in (0..step).step_by(GRANULE as usize) {
+                    self.mapping.fill_zero(part.offset + offset);
                 }
             }
+            done += step;
+            if started.elapsed() >= budget {
+                break;
+            }
         }
-        WindowRange {
-            offset: range.offset,
-            len: done - range.offset,
-        }
-    }
-
-    /// First byte of data at or after `offset`; `None` where the file can't say.
-    fn next_data(&self, offset: u64) -> Option<u64> {
-        match seek(&self.fd, SeekFrom::Data(self.base + offset)) {
-            Ok(at) => Some(at.saturating_sub(self.base)),
-            // No data up to the end of the file.
-            Err(Errno::NXIO) => Some(u64::MAX),
-            // A device file has no holes.
-            Err(_) => None,
-        }
+        WindowRange { len: done, ..range }
     }
 
     /// Wipes `range` before it leaves: whoever gets it next need not be careful.
-    /// A memfd gives its pages back to the system.
     pub(super) fn discard(&mut self, range: WindowRange) {
+        self.wipe(range, false, Duration::MAX);
+    }
+
+    /// Makes `range` a hole, which reads as zero; a device file can't have any.
+    fn punch(&self, range: WindowRange) -> Result<(), Errno> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        if fallocate(&self.fd, flags, self.base + range.offset, range.len).is_err() {
-            self.zero(range, Duration::MAX);
-        }
+        fallocate(&self.fd, flags, self.base + range.offset, range.len)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::fs::{MemfdFlags, SealFlags, ftruncate, memfd_create};
     use rustix::io::{pread, pwrite};
 
     fn window(granules: u64) -> Window {
-        let fd = memfd_create("window", MemfdFlags::CLOEXEC).unwrap();
+        let fd = memfd_create("window", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
         ftruncate(&fd, granules * GRANULE).unwrap();
         Window::map(fd, 0, granules * GRANULE).unwrap()
     }
@@ -115,33 +112,41 @@ mod tests {
         }
     }
 
+    fn resident(window: &Window) -> u64 {
+        rustix::fs::fstat(window.fd()).unwrap().st_blocks as u64 * 512
+    }
+
     #[test]
-    fn zeroing_wipes_data_and_leaves_holes() {
+    fn wiping_zeroes_and_gives_small_pages_back() {
         let mut window = window(4);
-        pwrite(window.fd(), b"secret", 2 * GRANULE + 77).unwrap();
-        assert_eq!(window.zero(granules(0, 4), Duration::MAX), granules(0, 4));
-        let mut bytes = [1; 6];
-        pread(window.fd(), &mut bytes, 2 * GRANULE + 77).unwrap();
-        assert_eq!(bytes, [0; 6]);
-        // Only the granule with data was touched.
-        let blocks = rustix::fs::fstat(window.fd()).unwrap().st_blocks * 512;
-        assert_eq!(blocks as u64, GRANULE);
-    }
-
-    #[test]
-    fn zeroing_stops_at_the_budget_and_says_how_far_it_came() {
-        let mut window = window(3);
-        for granule in 0..3 {
-            pwrite(window.fd(), b"x", granule * GRANULE).unwrap();
+        for huge in [false, true] {
+            pwrite(window.fd(), b"secret", 2 * GRANULE + 77).unwrap();
+            let wiped = window.wipe(granules(2, 2), huge, Duration::MAX);
+            assert_eq!(wiped, granules(2, 2));
+            let mut bytes = [1; 6];
+            pread(window.fd(), &mut bytes, 2 * GRANULE + 77).unwrap();
+            assert_eq!(bytes, [0; 6]);
+            assert_eq!(resident(&window), if huge { 2 * GRANULE } else { 0 });
         }
-        assert_eq!(window.zero(granules(0, 3), Duration::ZERO), granules(0, 1));
     }
 
     #[test]
-    fn discarding_gives_the_pages_back() {
+    fn wiping_stops_at_the_budget_and_says_how_far_it_came() {
+        let mut window = window(3);
+        let wiped = window.wipe(granules(0, 3), true, Duration::ZERO);
+        assert_eq!(wiped, granules(0, 1));
+    }
+
+    #[test]
+    fn a_file_without_holes_is_written() {
         let mut window = window(2);
         pwrite(window.fd(), &[7; 4096], GRANULE).unwrap();
+        // Sealed against writing, it refuses holes; the mapping stays.
+        rustix::fs::fcntl_add_seals(window.fd(), SealFlags::FUTURE_WRITE).unwrap();
+        assert!(window.punch(granules(1, 1)).is_err());
         window.discard(granules(1, 1));
-        assert_eq!(rustix::fs::fstat(window.fd()).unwrap().st_blocks, 0);
+        let mut bytes = [1; 4096];
+        pread(window.fd(), &mut bytes, GRANULE).unwrap();
+        assert_eq!(bytes, [0; 4096]);
     }
 }

@@ -30,6 +30,8 @@ use crate::orchestrator::Orchestrator;
 const WIPE_BUDGET: Duration = Duration::from_millis(2);
 /// How long a connection may take to say hello.
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
+/// How long nobody is accepted after descriptors ran out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long the device is polled quickly after something happened.
 const BUSY_FOR: Duration = Duration::from_secs(2);
 /// Intervals of polling the device: after something happened, while a client
@@ -89,6 +91,7 @@ pub struct Broker {
     pub(super) userfaultfd: Option<OwnedFd>,
     pub(super) next_client: u32,
     next_connection: u64,
+    accept_after: Instant,
     next_poll: Instant,
     busy_until: Instant,
     warmer: Option<Warmer>,
@@ -135,6 +138,7 @@ impl Broker {
             .ok(),
             next_client: 1,
             next_connection: 1,
+            accept_after: now,
             next_poll: now,
             busy_until: now + BUSY_FOR,
             warmer,
@@ -184,8 +188,13 @@ impl Broker {
     }
 
     fn wait(&self, listener: &Listener, stop: &Stop) -> Result<Ready, Errno> {
+        let accepting = if Instant::now() < self.accept_after {
+            PollFlags::empty()
+        } else {
+            PollFlags::IN
+        };
         let mut fds = vec![
-            PollFd::new(listener, PollFlags::IN),
+            PollFd::new(listener, accepting),
             PollFd::new(&stop.event, PollFlags::IN),
         ];
         if let Some(warmer) = &self.warmer {
@@ -246,11 +255,22 @@ impl Broker {
     }
 
     fn accept(&mut self, listener: &Listener, now: Instant) {
-        while let Ok(socket) = listener.accept() {
-            if let Ok(connection) = Connection::new(socket, now) {
-                let id = ConnectionId(self.next_connection);
-                self.next_connection += 1;
-                self.connections.insert(id, connection);
+        loop {
+            match listener.accept() {
+                Ok(socket) => {
+                    if let Ok(connection) = Connection::new(socket, now) {
+                        let id = ConnectionId(self.next_connection);
+                        self.next_connection += 1;
+                        self.connections.insert(id, connection);
+                    }
+                }
+                Err(Errno::AGAIN) => return,
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                // No descriptor or memory left: those who wait keep waiting.
+                Err(_) => {
+                    self.accept_after = now + ACCEPT_PAUSE;
+                    return;
+                }
             }
         }
     }
@@ -298,9 +318,9 @@ impl Broker {
     /// Wipes free memory of whoever had it before, for a little while.
     pub(super) fn wipe(&mut self) {
         let until = Instant::now() + WIPE_BUDGET;
-        while let Some(range) = self.table.next_dirty() {
+        while let Some((range, huge)) = self.table.next_dirty() {
             let left = until.saturating_duration_since(Instant::now());
-            let zeroed = self.window.zero(range, left);
+            let zeroed = self.window.wipe(range, huge, left);
             self.table.zeroed(zeroed);
             self.counters.wiped_bytes += zeroed.len;
             if left.is_zero() {
