@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use std::time::Instant;
 
 use crate::config::Config;
-use crate::engine::{self, ArenaIndex, Hooks, MAX_REQUEST};
+use crate::engine::{self, ArenaIndex, Hooks, MAX_REQUEST, Supply};
 use crate::fork;
 use crate::placement::{OnExhausted, Placement};
 use crate::service::Service;
@@ -26,6 +26,9 @@ use crate::sync::{Lock, Signal};
 const CAREFUL_FROM: usize = (32 << 10) + 1;
 /// jemalloc's own default, for DRAM.
 const DRAM_DECAY_MS: isize = 10_000;
+/// How long a small allocation waits for granules that have been asked for:
+/// some ten times what a broker takes.
+const ON_ITS_WAY_MS: u32 = 5;
 /// How long an allocation waits for an answer of a source that has not said
 /// that it is exhausted. A broker answers in well under a millisecond; this
 /// only bounds what a broker that hangs can do to a program.
@@ -65,8 +68,7 @@ pub struct Heap {
     /// … and below this, nothing has to be done when they fail.
     direct_below: AtomicUsize,
     service: Service,
-    /// Raised when unused granules run short, or a thread waits for some.
-    wanted: Signal,
+    supply: Supply,
     exhausted: AtomicU64,
     evacuated: AtomicU64,
     promoted: AtomicU64,
@@ -91,7 +93,7 @@ impl Heap {
             threshold: AtomicUsize::new(usize::MAX),
             direct_below: AtomicUsize::new(usize::MAX),
             service: Service::new(),
-            wanted: Signal::new(),
+            supply: Supply::new(),
             exhausted: AtomicU64::new(0),
             evacuated: AtomicU64::new(0),
             promoted: AtomicU64::new(0),
@@ -112,7 +114,7 @@ impl Heap {
         if let Placement::Interleave(n) = config.placement {
             self.space.set_interleave(n);
         }
-        let hooks = |tier| Hooks::new(&self.space, tier, &self.wanted);
+        let hooks = |tier| Hooks::new(&self.space, tier, &self.supply);
         let hooks = self
             .hooks
             .get_or_init(|| [hooks(Tier::Dram), hooks(Tier::Extent)]);
@@ -120,11 +122,14 @@ impl Heap {
         engine::take_over(&hooks[tier as usize], self.decay_ms(tier));
         let threshold = engine::whole_class(config.placement.direct_below());
         self.threshold.store(threshold, Ordering::Release);
-        let direct = match (tier, config.on_exhausted) {
-            (Tier::Dram, _) | (_, OnExhausted::Dram) => threshold.min(CAREFUL_FROM),
-            // Every failure has to be caught.
-            (Tier::Extent, _) => 0,
+        let direct = threshold.min(CAREFUL_FROM);
+        let patience = match config.on_exhausted {
+            OnExhausted::Wait(ms) => ms,
+            _ => ON_ITS_WAY_MS,
         };
+        self.supply.patience_ms.store(patience, Ordering::Relaxed);
+        let insist = matches!(config.on_exhausted, OnExhausted::Wait(_));
+        self.supply.insist.store(insist, Ordering::Relaxed);
         self.direct_below.store(direct, Ordering::Release);
         fork::register_early(self);
         true
@@ -170,7 +175,12 @@ impl Heap {
     }
 
     pub(crate) fn wanted(&self) -> &Signal {
-        &self.wanted
+        &self.supply.wanted
+    }
+
+    /// Raised whenever the source has answered.
+    pub(crate) fn lent(&self) -> &Signal {
+        &self.supply.lent
     }
 
     /// Remembers how many settings could not be read.
@@ -309,7 +319,7 @@ impl Heap {
         let deadline = Instant::now() + timeout;
         let waits = matches!(self.config().on_exhausted, OnExhausted::Wait(_));
         loop {
-            let seen = self.service.granted().read();
+            let seen = self.supply.lent.read();
             if self.space.idle_granules() >= granules {
                 return true;
             }
@@ -327,8 +337,8 @@ impl Heap {
                 self.space.set_exhausted(true);
                 return false;
             }
-            self.wanted.raise();
-            self.service.granted().wait(seen, left);
+            self.supply.wanted.raise();
+            self.supply.lent.wait(seen, left);
         }
     }
 

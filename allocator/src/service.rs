@@ -46,7 +46,6 @@ pub(crate) struct Service {
     running: AtomicBool,
     source: Lock<Option<&'static dyn ExtentSource>>,
     adopted: Signal,
-    granted: Signal,
     /// Granules that waiting threads lack.
     demand: AtomicUsize,
     /// A request is on its way to the source.
@@ -80,7 +79,6 @@ impl Service {
             running: AtomicBool::new(false),
             source: Lock::new(None),
             adopted: Signal::new(),
-            granted: Signal::new(),
             demand: AtomicUsize::new(0),
             asked: AtomicBool::new(false),
             recalls: Lock::new([None; RECALLS]),
@@ -177,11 +175,6 @@ impl Service {
         self.running.load(Ordering::Acquire)
     }
 
-    /// Raised whenever the source has answered.
-    pub(crate) fn granted(&self) -> &Signal {
-        &self.granted
-    }
-
     /// Notes that a thread lacks granules.
     pub(crate) fn want(&self, granules: usize) {
         self.demand.fetch_max(granules, Ordering::AcqRel);
@@ -196,14 +189,14 @@ impl Service {
         self.trim.store(true, Ordering::Release);
         let deadline = Instant::now() + TRIM_PATIENCE;
         while self.trim.load(Ordering::Acquire) {
-            let seen = self.granted.read();
+            let seen = heap.lent().read();
             heap.wanted().raise();
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
             }
             if self.trim.load(Ordering::Acquire) {
-                self.granted.wait(seen, left);
+                heap.lent().wait(seen, left);
             }
         }
     }
@@ -218,7 +211,7 @@ impl Service {
             };
             self.give_back(heap, source, &all, 0);
             self.trim.store(false, Ordering::Release);
-            self.granted.raise();
+            heap.lent().raise();
         }
         asked
     }
@@ -366,7 +359,7 @@ impl Service {
                 0
             };
         if ask == 0 {
-            self.granted.raise();
+            heap.lent().raise();
         } else if self.asked.swap(true, Ordering::AcqRel) {
             self.want(demand);
         } else if !source.request((ask * GRANULE) as u64) {
@@ -377,7 +370,7 @@ impl Service {
     fn closed(&self, heap: &Heap) {
         self.running.store(false, Ordering::Release);
         heap.space().set_exhausted(true);
-        self.granted.raise();
+        heap.lent().raise();
     }
 }
 
@@ -489,11 +482,11 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
                 if !ranges.is_empty() {
                     service.grants.fetch_add(1, Ordering::Relaxed);
                 }
-                service.granted.raise();
+                heap.lent().raise();
             }
             Event::CapacityAvailable => {
                 heap.space().set_exhausted(false);
-                service.granted.raise();
+                heap.lent().raise();
                 heap.wanted().raise();
             }
             Event::Recall(recall) => {

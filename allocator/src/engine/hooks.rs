@@ -1,16 +1,20 @@
 //! jemalloc's extent hooks over a [`Space`]: where its arenas get their pages.
 //!
-//! They run under jemalloc's locks, which fork takes too. So they never wait,
-//! never allocate, never touch `errno`, and talk to nobody: pages come from
-//! granules that are in the space already.
+//! They never allocate, never touch `errno` and hold no lock while they wait.
+//! Returning pages happens under a lock of jemalloc's and never waits. Taking
+//! pages does not (with `retain:false` jemalloc calls for them with none
+//! held): where none are lent it waits a moment for those that are on their
+//! way, which the space's reserve makes rare.
 
 use core::cell::Cell;
 use core::ffi::{c_uint, c_void};
 use core::ptr::null_mut;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::time::Duration;
+use std::time::Instant;
 use tikv_jemalloc_sys as je;
 
-use crate::space::{Space, Tier};
+use crate::space::{Run, Space, Tier};
 use crate::sync::Signal;
 
 /// Bytes of pages that jemalloc took from the kernel before it had hooks, and
@@ -48,16 +52,45 @@ pub struct Hooks {
     table: je::extent_hooks_t,
     space: &'static Space,
     tier: Tier,
-    /// Raised when few unused granules are left.
-    low: &'static Signal,
+    supply: &'static Supply,
+}
+
+/// How a hook calls for more.
+pub struct Supply {
+    /// Raised when few unused granules are left, or none.
+    pub wanted: Signal,
+    /// Raised when some were lent, or the lender has no more.
+    pub lent: Signal,
+    /// Milliseconds to wait for granules on their way.
+    pub patience_ms: AtomicU32,
+    /// Wait even when the lender has said that it has no more.
+    pub insist: AtomicBool,
+}
+
+impl Supply {
+    /// A supply that does not wait.
+    pub const fn new() -> Self {
+        Self {
+            wanted: Signal::new(),
+            lent: Signal::new(),
+            patience_ms: AtomicU32::new(0),
+            insist: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Default for Supply {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 // SAFETY: a table of functions, and references that may be shared.
 unsafe impl Sync for Hooks {}
 
 impl Hooks {
-    /// Hooks for `tier` of `space`; `low` is raised when the extents in it run short.
-    pub const fn new(space: &'static Space, tier: Tier, low: &'static Signal) -> Self {
+    /// Hooks for `tier` of `space`.
+    pub const fn new(space: &'static Space, tier: Tier, supply: &'static Supply) -> Self {
         let table = je::extent_hooks_t {
             alloc: Some(alloc),
             dalloc: Some(dalloc),
@@ -76,12 +109,38 @@ impl Hooks {
             table,
             space,
             tier,
-            low,
+            supply,
         }
     }
 
     pub(super) fn as_jemalloc(&'static self) -> *const je::extent_hooks_t {
         &raw const self.table
+    }
+
+    fn alloc_extent(&self, size: usize, alignment: usize) -> Option<Run> {
+        let lent = || self.space.alloc(Tier::Extent, size, alignment, false);
+        let run = lent();
+        if self.space.runs_low() {
+            self.supply.wanted.raise();
+        }
+        if run.is_some() || LENT_ONLY.get() {
+            return run;
+        }
+        let patience = u64::from(self.supply.patience_ms.load(Ordering::Relaxed));
+        let deadline = Instant::now() + Duration::from_millis(patience);
+        loop {
+            let seen = self.supply.lent.read();
+            if let Some(run) = lent() {
+                return Some(run);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let vain = self.space.is_exhausted() && !self.supply.insist.load(Ordering::Relaxed);
+            if left.is_zero() || vain {
+                return self.space.alloc(Tier::Extent, size, alignment, true);
+            }
+            self.supply.wanted.raise();
+            self.supply.lent.wait(seen, left);
+        }
     }
 
     /// # Safety
@@ -103,16 +162,11 @@ unsafe extern "C" fn alloc(
 ) -> *mut c_void {
     // SAFETY: called by jemalloc.
     let hooks = unsafe { Hooks::of(table) };
-    let run = if new_addr.is_null() {
-        hooks
-            .space
-            .alloc(hooks.tier, size, alignment, !LENT_ONLY.get())
-    } else {
-        hooks.space.alloc_at(hooks.tier, new_addr as usize, size)
+    let run = match (new_addr.is_null(), hooks.tier) {
+        (false, tier) => hooks.space.alloc_at(tier, new_addr as usize, size),
+        (true, Tier::Dram) => hooks.space.alloc(Tier::Dram, size, alignment, true),
+        (true, Tier::Extent) => hooks.alloc_extent(size, alignment),
     };
-    if hooks.tier == Tier::Extent && hooks.space.runs_low() {
-        hooks.low.raise();
-    }
     let Some(run) = run else { return null_mut() };
     // SAFETY: jemalloc's own flag: whether it must have zeroes.
     if unsafe { *zero } && !run.zeroed {

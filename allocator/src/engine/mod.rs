@@ -11,7 +11,7 @@ mod start;
 pub use control::{
     ArenaIndex, MAX_ARENAS, Statistics, automatic, decay, purge, statistics, take_over, whole_class,
 };
-pub use hooks::{Hooks, early_bytes, lent_only};
+pub use hooks::{Hooks, Supply, early_bytes, lent_only};
 pub use start::prepare;
 
 use core::ffi::{c_int, c_void};

@@ -349,7 +349,6 @@ impl Space {
     pub fn tick(&self) {
         let mut state = self.state.lock();
         state.tick = state.tick.wrapping_add(1);
-        state.relax();
     }
 
     /// Takes up to `granules` unused ones out of the space, to be given back:

@@ -8,8 +8,7 @@ use super::{Run, Usage};
 /// Free runs of 1, 2, 4 … 512 pages have a hint each.
 const HINTS: usize = 10;
 
-/// Bounds of the reserve, in granules.
-const RESERVE_MIN: usize = 2;
+/// The reserve in granules is never larger: what is on its way comes in time.
 const RESERVE_MAX: usize = 32;
 
 pub(super) struct State {
@@ -34,8 +33,6 @@ pub(super) struct State {
     interleaved: u32,
     /// A fork is near: new granules are DRAM.
     pub(super) extents_closed: bool,
-    reserve_min: usize,
-    missed_at: u32,
     pub(super) tick: u32,
     /// The tick at which granules were last lent: the age of the pool.
     pub(super) lent_at: u32,
@@ -59,8 +56,6 @@ impl State {
         dram_every: 0,
         interleaved: 0,
         extents_closed: false,
-        reserve_min: RESERVE_MIN,
-        missed_at: 0,
         tick: 0,
         lent_at: 0,
     };
@@ -238,13 +233,10 @@ impl State {
     }
 
     /// How many granules should be unused, so that the hooks find one without
-    /// waiting: a sixteenth of those in use, and at least what has turned out
-    /// to be needed while more was on its way.
+    /// waiting: a sixteenth of those in use, and one.
     fn reserve(&self) -> usize {
         let used = (self.usage.extent_held - self.usage.idle) as usize / GRANULE;
-        (used / 16)
-            .max(self.reserve_min.min(used / 8 + RESERVE_MIN))
-            .min(RESERVE_MAX)
+        (used / 16 + 1).min(RESERVE_MAX)
     }
 
     fn idle(&self) -> usize {
@@ -261,19 +253,6 @@ impl State {
         self.idle().saturating_sub(self.reserve())
     }
 
-    /// An allocation found nothing unused: next time, have more ready.
-    fn note_miss(&mut self) {
-        self.reserve_min = (self.reserve_min * 2).min(RESERVE_MAX);
-        self.missed_at = self.tick;
-    }
-
-    /// Lets the reserve shrink again where a second has gone without a miss.
-    pub(super) fn relax(&mut self) {
-        if self.reserve_min > RESERVE_MIN && self.tick.wrapping_sub(self.missed_at) > 20 {
-            self.reserve_min -= 1;
-        }
-    }
-
     /// Puts memory behind a bare granule. `false`: nothing lent is left, or
     /// the kernel refused the mapping; the granule stays bare.
     fn back(&mut self, index: usize, tier: Tier, dram_allowed: bool) -> bool {
@@ -284,9 +263,6 @@ impl State {
         let at = self.addr(index);
         let lent = tier == Tier::Extent && !by_choice && !self.extents_closed;
         let offset = if lent { self.pool.take() } else { None };
-        if lent && offset.is_none() {
-            self.note_miss();
-        }
         // Where the window can't be mapped (RLIMIT_AS counts the duplicate
         // before it takes the place of the reservation), DRAM still can.
         let mapped = offset.filter(|&offset| {
