@@ -21,7 +21,7 @@ static void mallinfo2_follows(void) {
         *(char *)blocks[i] = 1;
     }
     size_t full = in_use();
-    CHECK(full >= before + (size_t)COUNT * SIZE, "%d blocks of %d bytes raised mallinfo2's bytes in use by %zd", COUNT,
+    CHECK(full >= before + (size_t)COUNT * SIZE * 99 / 100, "%d blocks of %d bytes raised mallinfo2's bytes in use by %zd", COUNT,
           SIZE, (ssize_t)(full - before));
     CHECK(full <= before + (size_t)COUNT * SIZE * 2, "%d blocks of %d bytes raised mallinfo2's bytes in use by %zd", COUNT,
           SIZE, (ssize_t)(full - before));
@@ -38,7 +38,8 @@ static void mallinfo2_follows(void) {
     void *large = malloc(64 * MIB);
     REQUIRE(large != NULL, "malloc(64 MiB) returned NULL");
     full = in_use();
-    CHECK(full >= before + 64 * MIB, "64 MiB raised mallinfo2's bytes in use by %zd", (ssize_t)(full - before));
+    /* Less what other threads, or a cache that was flushed, may have freed meanwhile. */
+    CHECK(full >= before + 63 * MIB, "64 MiB raised mallinfo2's bytes in use by %zd", (ssize_t)(full - before));
     free(large);
     CHECK(in_use() < before + 8 * MIB, "after the free of 64 MiB mallinfo2 still has %zd in use", (ssize_t)(in_use() - before));
 }
