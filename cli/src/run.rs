@@ -31,6 +31,9 @@ const RUN_VARIABLE: &str = "DCM_RUN";
 const LIBRARY: &str = "libdcmalloc_preload.so";
 const LIBRARY_VARIABLE: &str = "DCM_PRELOAD";
 
+/// How long the broker of a run may take to end when nobody needs it any more.
+const PARTING: Duration = Duration::from_secs(2);
+
 /// How statistics are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum StatsFormat {
@@ -49,7 +52,7 @@ pub(crate) struct Options {
     /// Capacity that the software device offers at once, in one group; all of it if not given
     #[arg(long, value_name = "SIZE,…", value_parser = size::parse, value_delimiter = ',', requires = "emulate")]
     offer: Vec<u64>,
-    /// Which allocations go to dynamic capacity: dram, dc, size[=BYTES], interleave=N
+    /// Which allocations go to dynamic capacity: dram, dc, size[:BYTES], interleave:N
     #[arg(long, value_name = "P")]
     placement: Option<String>,
     /// Further settings, key:value,…
@@ -129,13 +132,17 @@ pub(crate) fn run(options: &Options) -> Result<u8, Failure> {
         }
     };
     let status = wait(&mut program, &signals)?;
-    match socket {
+    let report = match socket {
         Some(socket) => report(options, &socket, run, settings.config.placement),
-        None if options.stats.is_some() => complain("no statistics: the broker keeps them"),
-        None => {}
-    }
+        None => {
+            if options.stats.is_some() {
+                complain("no statistics: the broker keeps them");
+            }
+            None
+        }
+    };
     if let Some(broker) = own_broker {
-        broker.finish();
+        broker.finish(report.is_some_and(|report| report.processes_live > 0));
     }
     Ok(exit_code(status))
 }
@@ -222,19 +229,15 @@ impl OwnBroker {
         Ok(Self { process, socket })
     }
 
-    /// Lets the broker end. It does at once unless the program left processes
-    /// behind that live on its memory.
-    fn finish(mut self) {
+    /// Lets the broker end, and waits for it, so that nothing is left when
+    /// `dcm` ends; unless processes that the program left behind need it.
+    fn finish(mut self, needed: bool) {
         drop(self.process.stdin.take());
         let started = Instant::now();
-        while started.elapsed() < Duration::from_secs(1) {
+        while !needed && started.elapsed() < PARTING {
             match self.process.try_wait() {
                 Ok(None) => std::thread::sleep(Duration::from_millis(2)),
                 _ => return,
-            }
-            let left = AdminClient::connect(&self.socket).is_ok();
-            if left && started.elapsed() > Duration::from_millis(300) {
-                return;
             }
         }
     }
@@ -277,7 +280,7 @@ fn preloads(library: &Path) -> OsString {
 
 /// Says what has to be said at the end: statistics if asked, and once if the
 /// program did not run as it should have.
-fn report(options: &Options, socket: &Path, run: Uuid, placement: Placement) {
+fn report(options: &Options, socket: &Path, run: Uuid, placement: Placement) -> Option<RunReport> {
     let report = match ask_for_report(socket, run) {
         Ok(report) => report,
         Err(error) => {
@@ -285,7 +288,7 @@ fn report(options: &Options, socket: &Path, run: Uuid, placement: Placement) {
             if options.stats.is_some() {
                 complain(&format!("no statistics: {error:#}"));
             }
-            return;
+            return None;
         }
     };
     let degraded = report.total.degraded_flags;
@@ -299,24 +302,30 @@ fn report(options: &Options, socket: &Path, run: Uuid, placement: Placement) {
             "the program lost the broker, or could not map its memory: part of it ran on DRAM",
         );
     }
-    let text = match options.stats {
-        None => return,
-        Some(StatsFormat::Json) => match serde_json::to_string(&report) {
-            Ok(json) => json + "\n",
-            Err(error) => return complain(&format!("no statistics: {error}")),
-        },
-        Some(StatsFormat::Text) => picture::run(&report),
+    if let Some(format) = options.stats
+        && let Err(error) = write_statistics(&report, format, options.stats_file.as_deref())
+    {
+        complain(&format!("no statistics: {error:#}"));
+    }
+    Some(report)
+}
+
+fn write_statistics(
+    report: &RunReport,
+    format: StatsFormat,
+    file: Option<&Path>,
+) -> anyhow::Result<()> {
+    let text = match format {
+        StatsFormat::Json => serde_json::to_string(report)? + "\n",
+        StatsFormat::Text => picture::run(report),
     };
-    match &options.stats_file {
-        None => {
-            let _ = std::io::stderr().lock().write_all(text.as_bytes());
-        }
+    match file {
+        None => std::io::stderr().lock().write_all(text.as_bytes())?,
         Some(path) => {
-            if let Err(error) = fs::write(path, text) {
-                complain(&format!("cannot write {}: {error}", path.display()));
-            }
+            fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?
         }
     }
+    Ok(())
 }
 
 /// The broker's account of the run, once it has seen the program's end.

@@ -7,7 +7,8 @@ use uuid::Uuid;
 
 use super::admin::{Added, AdminReply, RejectedExtent};
 use super::connection::ConnectionId;
-use super::recall::{RecallRequest, Target, describe};
+use super::handover::describe;
+use super::recall::{RecallRequest, Target};
 use super::receipt::{DpaSpan, Origin};
 use super::server::Broker;
 use crate::address::DpaRange;

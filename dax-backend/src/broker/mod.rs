@@ -8,7 +8,9 @@
 //! - [`protocol`] is what travels, [`client`] the process's end; it never
 //!   allocates, because it runs inside `malloc`.
 //! - [`server`] is the loop, `session` the clients, `adding` the device's
-//!   events, `recall` and `refusal` the way back, `report` the operator.
+//!   events, `report` the operator.
+//! - `recall` asks for memory back, `handover` gives it to the device,
+//!   `refusal` says who kept what; `forced` is when nobody was asked.
 //! - `lease` and `outgoing` are the table of who holds which granule, without
 //!   any I/O; `liveness` says when a lease ends, `scrub` wipes what it leaves,
 //!   `warmer` has huge pages ready.
@@ -18,6 +20,8 @@ pub mod admin;
 pub mod client;
 pub mod client_page;
 mod connection;
+mod forced;
+mod handover;
 mod lease;
 pub mod listener;
 mod liveness;
@@ -25,6 +29,7 @@ mod mapping;
 mod outgoing;
 pub mod peer;
 pub mod protocol;
+mod reason;
 mod recall;
 pub mod receipt;
 mod refusal;
@@ -34,6 +39,7 @@ pub mod server;
 mod session;
 mod socket;
 pub mod status;
+mod stop;
 mod warmer;
 
 pub use client::{BrokerClient, ClientError, ConnectError, FromBroker, RecallOutcome, Welcome};
@@ -42,5 +48,6 @@ pub use listener::{ListenError, Listener};
 pub use protocol::{GRANULE, Ranges, RefusalReason, WindowRange};
 pub use receipt::Receipt;
 pub use scrub::Window;
-pub use server::{Admit, Broker, BrokerConfig, Stop};
+pub use server::{Admit, Broker, BrokerConfig};
 pub use socket::SocketError;
+pub use stop::Stop;

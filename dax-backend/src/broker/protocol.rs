@@ -13,6 +13,8 @@ use thiserror::Error;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+pub use super::reason::{RefusalReason, RefusedCode};
+
 /// Bytes of one granule, the unit of leases: 2 MiB.
 pub const GRANULE: u64 = 2 << 20;
 /// First four bytes of every message: `DCM1`, read as little-endian.
@@ -90,109 +92,6 @@ pub enum Role {
     Client = 0,
     /// `dcm`: status, add, release.
     Admin = 1,
-}
-
-/// Why a broker turned a connection away; arg0 of [`Kind::Refused`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[non_exhaustive]
-#[repr(u64)]
-pub enum RefusedCode {
-    /// The protocol versions differ.
-    #[error("the broker speaks another protocol version")]
-    Version = 1,
-    /// `SO_PEERCRED` says that this user is not admitted.
-    #[error("the broker does not admit this user; it serves its own user and root")]
-    User = 2,
-    /// The first message was no valid hello.
-    #[error("the broker could not read the hello")]
-    Malformed = 3,
-    /// The broker ran out of descriptors or memory for another client.
-    #[error("the broker has no room for another client")]
-    Full = 4,
-    /// A code of a later version.
-    #[error("the broker gave a reason this version does not know")]
-    Unknown = u64::MAX,
-}
-
-impl RefusedCode {
-    /// The code of `arg0`.
-    pub fn from_wire(value: u64) -> Self {
-        match value {
-            1 => Self::Version,
-            2 => Self::User,
-            3 => Self::Malformed,
-            4 => Self::Full,
-            _ => Self::Unknown,
-        }
-    }
-}
-
-/// Why capacity stayed where it was; arg3 of [`Kind::RecallAnswer`] and a receipt's `reason`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-#[repr(u64)]
-pub enum RefusalReason {
-    /// Live data is in it, and the client has no way to move it.
-    #[error("live data is in it")]
-    Live = 1,
-    /// The program pinned it.
-    #[error("pinned by the program")]
-    Pinned = 2,
-    /// Moving it to DRAM would exceed the client's limit.
-    #[error("the client's DRAM limit is reached")]
-    DramLimit = 3,
-    /// The program changed the mapping (mprotect, mlock, protection key).
-    #[error("the program changed its mapping")]
-    Remapped = 4,
-    /// The client could not move it now (a fork under way, no userfaultfd).
-    #[error("the client could not move it")]
-    CannotMove = 5,
-    /// The client did not answer by the deadline.
-    #[error("the client did not answer by the deadline")]
-    Deadline = 6,
-    /// The client's socket is closed, but a process still maps its memory.
-    #[error("its client closed the connection and still maps it")]
-    Unreachable = 7,
-    /// The range is no accepted capacity of this broker.
-    #[error("not accepted capacity")]
-    NotAccepted = 8,
-    /// Capacity of one tag goes back whole, and part of it is in use.
-    #[error("capacity of its tag goes back whole, and part of that is in use")]
-    TagInUse = 9,
-    /// Shares a device block with capacity in use.
-    #[error("shares a device block with capacity in use")]
-    BlockInUse = 10,
-    /// The device refused or failed the release command.
-    #[error("the device did not take it")]
-    Device = 11,
-    /// The device took it while it was in use (forced release).
-    #[error("the device took it while it was in use")]
-    Lost = 12,
-    /// A client answered with a reason this version does not know.
-    #[error("for a reason this version does not know")]
-    Unknown = u64::MAX,
-}
-
-impl RefusalReason {
-    /// The reason of `arg3`; 0 (none given) reads as [`RefusalReason::Live`].
-    pub fn from_wire(value: u64) -> Self {
-        match value {
-            0 | 1 => Self::Live,
-            2 => Self::Pinned,
-            3 => Self::DramLimit,
-            4 => Self::Remapped,
-            5 => Self::CannotMove,
-            6 => Self::Deadline,
-            7 => Self::Unreachable,
-            8 => Self::NotAccepted,
-            9 => Self::TagInUse,
-            10 => Self::BlockInUse,
-            11 => Self::Device,
-            12 => Self::Lost,
-            _ => Self::Unknown,
-        }
-    }
 }
 
 /// Bytes of the window: offset and length.

@@ -11,11 +11,10 @@ use std::time::{Duration, Instant};
 
 use super::admin::AdminReply;
 use super::connection::ConnectionId;
+use super::handover::credit;
 use super::lease::ClientId;
-use super::protocol::{
-    GRANULE, Kind, MAX_RANGES, Message, RECALL_LOST, Ranges, RefusalReason, WindowRange,
-};
-use super::receipt::{DpaSpan, Origin, Receipt};
+use super::protocol::{GRANULE, Kind, MAX_RANGES, Message, Ranges, RefusalReason, WindowRange};
+use super::receipt::{Origin, Receipt};
 use super::server::Broker;
 use crate::address::DpaRange;
 
@@ -45,11 +44,11 @@ pub(super) struct RecallRequest {
 /// The recall under way, those that wait and the receipts of the last ones.
 #[derive(Debug, Default)]
 pub(super) struct Recalls {
-    active: Option<ActiveRecall>,
+    pub(super) active: Option<ActiveRecall>,
     queue: VecDeque<RecallRequest>,
     pub(super) receipts: VecDeque<Receipt>,
-    recalls: u64,
-    messages: u64,
+    pub(super) recalls: u64,
+    pub(super) messages: u64,
     /// Something marked may have become free.
     returned: bool,
 }
@@ -92,7 +91,7 @@ pub(super) struct ActiveRecall {
     /// Clients with no more to give.
     spent: BTreeSet<ClientId>,
     /// Free bytes marked for this recall and not released yet.
-    claimed: u64,
+    pub(super) claimed: u64,
     /// Marked by this recall, leased or free.
     marked: Vec<WindowRange>,
     rounds: u32,
@@ -185,7 +184,7 @@ impl Broker {
         self.go_on(recall, now);
     }
 
-    fn new_receipt(&self, origin: Origin, target: &Target) -> Receipt {
+    pub(super) fn new_receipt(&self, origin: Origin, target: &Target) -> Receipt {
         let asked = match target {
             Target::Bytes(bytes) => *bytes,
             Target::Ranges(ranges) => ranges.iter().map(|range| range.len).sum(),
@@ -218,18 +217,6 @@ impl Broker {
             self.claim(&mut recall);
             self.recalls.active = Some(recall);
         }
-    }
-
-    /// Gives the device what is marked and free, outside of any client's answer.
-    pub(super) fn release_marked(&mut self) {
-        let mut recall = self.recalls.active.take();
-        let mut error = None;
-        let released = self.release_to_device(&mut error);
-        if let Some(recall) = &mut recall {
-            credit(recall, released, |receipt| &mut receipt.returned_free);
-            recall.device_error = error.or(recall.device_error.take());
-        }
-        self.recalls.active = recall;
     }
 
     /// Asks the next clients, or ends the recall when there is nobody to ask.
@@ -376,33 +363,6 @@ impl Broker {
         self.go_on(recall, now);
     }
 
-    /// Wipes and releases what is marked and free. What the device does not
-    /// take becomes ordinary free memory again.
-    fn release_to_device(&mut self, error: &mut Option<String>) -> Vec<DpaRange> {
-        let parts = self.table.releasable();
-        if parts.is_empty() {
-            return Vec::new();
-        }
-        for slots in parts.iter().flat_map(|(_, slots)| slots) {
-            self.window.discard(*slots);
-        }
-        let ranges: Vec<DpaRange> = parts.iter().map(|(range, _)| *range).collect();
-        if let Err(refused) = self.device.release(&ranges) {
-            *error = Some(describe(&refused));
-            self.device_error.clone_from(error);
-        }
-        self.sync_capacity();
-        let mut released = Vec::new();
-        for (range, slots) in parts {
-            if self.table.accepted_in(&range) == 0 {
-                released.push(range);
-            } else {
-                self.table.unmark(&slots);
-            }
-        }
-        released
-    }
-
     fn finish(&mut self, mut recall: ActiveRecall, now: Instant) {
         recall.receipt.refused = self.refusals(&recall);
         // What the device asked for stays marked: it goes once it is free.
@@ -414,7 +374,12 @@ impl Broker {
         self.file_receipt(recall.receipt, recall.requester, now);
     }
 
-    fn file_receipt(&mut self, receipt: Receipt, to: Option<ConnectionId>, now: Instant) {
+    pub(super) fn file_receipt(
+        &mut self,
+        receipt: Receipt,
+        to: Option<ConnectionId>,
+        now: Instant,
+    ) {
         if let Some(requester) = to {
             self.reply(requester, &AdminReply::Receipt(receipt.clone()), now);
         }
@@ -423,78 +388,4 @@ impl Broker {
         }
         self.recalls.receipts.push_back(receipt);
     }
-
-    /// The device has taken `ranges`; `lost` were leased. Nobody can be asked,
-    /// but everybody concerned is told.
-    pub(super) fn taken_by_force(
-        &mut self,
-        ranges: &[DpaRange],
-        lost: &[(ClientId, WindowRange)],
-        now: Instant,
-    ) {
-        self.recalls.recalls += 1;
-        self.counters.recalls += 1;
-        let mut receipt = self.new_receipt(Origin::Forced, &Target::Ranges(ranges.to_vec()));
-        receipt.ranges = ranges.iter().copied().map(DpaSpan::from).collect();
-        let mut told: BTreeMap<ClientId, Vec<WindowRange>> = BTreeMap::new();
-        for (client, range) in lost {
-            told.entry(*client).or_default().push(*range);
-            let pid = self.clients.get(client).map(|c| c.peer.pid);
-            receipt
-                .refused
-                .push(self.refusal_of(*range, RefusalReason::Lost, pid));
-        }
-        receipt.returned = receipt.asked.saturating_sub(receipt.refused_bytes());
-        receipt.returned_free = receipt.returned;
-        for (id, ranges) in told {
-            let Some(client) = self.clients.get_mut(&id) else {
-                continue;
-            };
-            client.recalls += 1;
-            let bytes: u64 = ranges.iter().map(|range| range.len).sum();
-            client.leased = client.leased.saturating_sub(bytes);
-            let connection = client.connection;
-            for chunk in ranges.chunks(MAX_RANGES) {
-                self.recalls.messages += 1;
-                let message = Message::new(Kind::Recall)
-                    .with_id(self.recalls.messages)
-                    .with_arg(0, chunk.iter().map(|range| range.len).sum())
-                    .with_flags(RECALL_LOST)
-                    .with_ranges(chunk);
-                self.post(connection, message);
-            }
-        }
-        self.file_receipt(receipt, None, now);
-    }
-}
-
-/// Books what went back to the device under one of the receipt's steps.
-fn credit(
-    recall: &mut ActiveRecall,
-    released: Vec<DpaRange>,
-    step: impl FnOnce(&mut Receipt) -> &mut u64,
-) {
-    let bytes: u64 = released.iter().map(|range| range.len).sum();
-    recall.receipt.returned += bytes;
-    *step(&mut recall.receipt) += bytes;
-    recall
-        .receipt
-        .ranges
-        .extend(released.into_iter().map(DpaSpan::from));
-    // Whatever was claimed is released now, or unmarked because the device refused.
-    recall.claimed = 0;
-}
-
-/// An error with its causes, in one line.
-pub(super) fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
 }

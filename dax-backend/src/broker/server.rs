@@ -3,11 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use uuid::Uuid;
@@ -22,6 +20,7 @@ use super::report::Runs;
 use super::scrub::Window;
 use super::session::Client;
 use super::status::BrokerCounters;
+use super::stop::Stop;
 use super::warmer::Warmer;
 use crate::capacity::CapacityDevice;
 use crate::orchestrator::Orchestrator;
@@ -195,7 +194,7 @@ impl Broker {
         };
         let mut fds = vec![
             PollFd::new(listener, accepting),
-            PollFd::new(&stop.event, PollFlags::IN),
+            PollFd::new(stop, PollFlags::IN),
         ];
         if let Some(warmer) = &self.warmer {
             fds.push(PollFd::new(warmer, PollFlags::IN));
@@ -355,54 +354,4 @@ struct Ready {
     listener: bool,
     connections: Vec<ConnectionId>,
     dead: Vec<ClientId>,
-}
-
-/// Ends [`Broker::serve`] from another thread.
-#[derive(Debug, Clone)]
-pub struct Stop {
-    event: Arc<OwnedFd>,
-    state: Arc<AtomicU8>,
-}
-
-const RUN: u8 = 0;
-const WHEN_IDLE: u8 = 1;
-const NOW: u8 = 2;
-
-impl Stop {
-    /// Not stopped yet.
-    ///
-    /// # Errors
-    /// No descriptor left.
-    pub fn new() -> Result<Self, Errno> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self {
-            event: Arc::new(event),
-            state: Arc::new(AtomicU8::new(RUN)),
-        })
-    }
-
-    /// Stop at once. Clients keep what they have mapped, and can't get more.
-    pub fn now(&self) {
-        self.raise(NOW);
-    }
-
-    /// Stop as soon as no client is left.
-    pub fn when_idle(&self) {
-        self.raise(WHEN_IDLE);
-    }
-
-    fn raise(&self, state: u8) {
-        self.state.fetch_max(state, Ordering::SeqCst);
-        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
-    }
-
-    fn reached(&self, idle: bool) -> bool {
-        // Read the event, so that poll waits again while clients remain.
-        let _ = rustix::io::read(&self.event, &mut [0u8; 8]);
-        match self.state.load(Ordering::SeqCst) {
-            RUN => false,
-            WHEN_IDLE => idle,
-            _ => true,
-        }
-    }
 }

@@ -44,7 +44,7 @@ impl Warmer {
             .spawn(move || {
                 // Programs come first. Linux takes 0 for the calling thread.
                 // SAFETY: changes a priority; failing is harmless.
-                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
                 for offset in incoming {
                     let huge = mapping.collapse(offset);
                     if outgoing.send(Warmed { offset, huge }).is_err() {

@@ -1,0 +1,209 @@
+//! The table, step by step and at random.
+
+use super::*;
+use crate::extent::ExtentTag;
+
+const BASE: u64 = 0x1000_0000;
+
+fn extent(first: u64, granules: u64) -> Extent {
+    Extent::untagged(DpaRange {
+        start: Dpa(BASE + first * GRANULE),
+        len: granules * GRANULE,
+    })
+}
+
+fn tagged(first: u64, granules: u64, tag: u8) -> Extent {
+    Extent {
+        tag: ExtentTag([tag; 16]),
+        ..extent(first, granules)
+    }
+}
+
+/// A clean table of 64 granules with these extents.
+fn table(extents: &[Extent]) -> LeaseTable {
+    let span = DpaRange {
+        start: Dpa(BASE),
+        len: 64 * GRANULE,
+    };
+    let mut table = LeaseTable::new(span, GRANULE);
+    table.sync(extents, |_| true);
+    table
+}
+
+fn granules_of(ranges: &[WindowRange]) -> Vec<usize> {
+    ranges.iter().flat_map(|range| granules(*range)).collect()
+}
+
+const A: ClientId = ClientId(1);
+const B: ClientId = ClientId(2);
+
+#[test]
+fn grants_fill_one_extent_before_touching_the_next() {
+    let mut table = table(&[extent(0, 4), extent(8, 4)]);
+    assert_eq!(granules_of(&table.grant(A, GRANULE)), [0]);
+    assert_eq!(granules_of(&table.grant(B, 2 * GRANULE)), [1, 2]);
+    table.give_back(A, range_of(0, 1)).unwrap();
+    // Extent 0 is the fuller one; its clean granule goes before extent 8.
+    assert_eq!(granules_of(&table.grant(A, GRANULE)), [3]);
+    assert_eq!(granules_of(&table.grant(A, GRANULE)), [8]);
+}
+
+#[test]
+fn what_was_leased_is_wiped_before_it_is_leased_again() {
+    let mut table = table(&[extent(0, 2)]);
+    table.grant(A, 2 * GRANULE);
+    table.give_back(A, range_of(0, 2)).unwrap();
+    assert_eq!(table.grant(B, GRANULE), []);
+    assert_eq!(table.next_dirty(), Some((range_of(0, 2), false)));
+    table.zeroed(range_of(0, 1));
+    assert_eq!(granules_of(&table.grant(B, 2 * GRANULE)), [0]);
+}
+
+#[test]
+fn huge_pages_outlive_a_lease() {
+    let mut table = table(&[extent(0, 3)]);
+    table.warmed(GRANULE);
+    // The warm one goes first.
+    assert_eq!(granules_of(&table.grant(A, 3 * GRANULE)), [1, 0, 2]);
+    table.end(A);
+    assert_eq!(table.next_dirty(), Some((range_of(0, 1), false)));
+    table.zeroed(range_of(0, 1));
+    assert_eq!(table.next_dirty(), Some((range_of(1, 1), true)));
+    table.zeroed(range_of(1, 2));
+    assert_eq!((table.counts().warm, table.counts().clean), (1, 2));
+    // What is leased meanwhile is not called warm.
+    table.grant(B, GRANULE);
+    table.warmed(GRANULE);
+    assert_eq!(table.counts().warm, 0);
+}
+
+#[test]
+fn new_capacity_is_dirty_unless_the_device_promises_zeroes() {
+    let mut table = table(&[]);
+    assert_eq!(table.sync(&[extent(0, 2)], |_| false).gained, 2 * GRANULE);
+    assert_eq!(table.grant(A, GRANULE), []);
+}
+
+#[test]
+fn only_the_holder_gives_back_and_all_of_it_or_nothing() {
+    let mut table = table(&[extent(0, 4)]);
+    table.grant(A, 2 * GRANULE);
+    let foreign = LeaseError::NotLeased { offset: 0 };
+    assert_eq!(table.give_back(B, range_of(0, 1)), Err(foreign));
+    let partly = LeaseError::NotLeased {
+        offset: 2 * GRANULE,
+    };
+    assert_eq!(table.give_back(A, range_of(0, 3)), Err(partly));
+    assert_eq!(table.counts().leased, 2);
+    for (offset, len) in [(1, GRANULE), (0, GRANULE - 1), (0, 0)] {
+        let error = table.give_back(A, WindowRange { offset, len });
+        assert_eq!(error, Err(LeaseError::Misaligned { offset, len }));
+    }
+    for (offset, len) in [
+        (u64::MAX - GRANULE + 1, GRANULE),
+        (63 * GRANULE, 2 * GRANULE),
+    ] {
+        let error = table.give_back(A, WindowRange { offset, len });
+        assert_eq!(error, Err(LeaseError::Outside { offset, len }));
+    }
+}
+
+#[test]
+fn a_forced_release_names_the_leases_it_hit() {
+    let mut table = table(&[extent(0, 4), extent(8, 2)]);
+    table.grant(A, 2 * GRANULE);
+    table.grant(B, 2 * GRANULE);
+    let lost = table.sync(&[extent(8, 2)], |_| true).lost;
+    assert_eq!(lost, [(A, range_of(0, 2)), (B, range_of(2, 2))]);
+    assert_eq!(table.counts().leased, 0);
+}
+
+#[test]
+fn the_ends_of_a_misaligned_extent_are_not_leased_and_can_go_back() {
+    let mut table = table(&[]);
+    let odd = DpaRange {
+        start: Dpa(BASE + GRANULE / 2),
+        len: 2 * GRANULE,
+    };
+    table.sync(&[Extent::untagged(odd)], |_| true);
+    assert_eq!(granules_of(&table.grant(A, 8 * GRANULE)), [1]);
+    let stranded = table.stranded(&odd);
+    assert_eq!(stranded.iter().map(|r| r.len).sum::<u64>(), GRANULE);
+}
+
+#[test]
+fn release_takes_the_emptiest_extent_from_its_end() {
+    let mut table = table(&[extent(0, 4), extent(8, 4)]);
+    table.grant(A, GRANULE);
+    assert_eq!(table.mark_free(2 * GRANULE), 2 * GRANULE);
+    let parts = table.releasable();
+    assert_eq!(parts.len(), 1);
+    assert_eq!(granules_of(&parts[0].1), [10, 11]);
+    // What is marked is not leased any more.
+    assert_eq!(granules_of(&table.grant(B, 64 * GRANULE)), [1, 2, 3, 8, 9]);
+}
+
+#[test]
+fn a_tag_goes_back_whole_or_not_at_all() {
+    let mut table = table(&[tagged(0, 2, 7), tagged(4, 2, 7)]);
+    assert_eq!(table.mark_free(2 * GRANULE), 0);
+    table.grant(A, GRANULE);
+    assert_eq!(table.mark_range(&extent(4, 1).range).len(), 2);
+    assert_eq!(table.releasable(), []);
+    assert_eq!(table.marked_leases(), [(A, range_of(0, 1))]);
+    table.give_back(A, range_of(0, 1)).unwrap();
+    let spans: Vec<u64> = table.releasable().iter().map(|(r, _)| r.len).collect();
+    assert_eq!(spans, [2 * GRANULE, 2 * GRANULE]);
+}
+
+#[test]
+fn large_blocks_go_back_whole() {
+    let span = DpaRange {
+        start: Dpa(BASE),
+        len: 64 * GRANULE,
+    };
+    let mut table = LeaseTable::new(span, 4 * GRANULE);
+    table.sync(&[extent(0, 8)], |_| true);
+    table.grant(A, 5 * GRANULE);
+    table.give_back(A, range_of(0, 3)).unwrap();
+    assert_eq!(table.mark_free(GRANULE), 0);
+    table.give_back(A, range_of(3, 1)).unwrap();
+    assert_eq!(table.mark_free(GRANULE), 4 * GRANULE);
+    assert_eq!(granules_of(&table.releasable()[0].1), [0, 1, 2, 3]);
+}
+
+proptest::proptest! {
+    /// Whatever happens, the counts are those of the slots, and an extent's
+    /// leased count is what a walk over it finds.
+    #[test]
+    fn counts_never_drift(steps in proptest::collection::vec((0u8..7, 0usize..24, 1usize..6), 1..80)) {
+        let all = [extent(0, 8), extent(8, 8), tagged(20, 4, 3)];
+        let mut table = table(&all);
+        for (step, index, count) in steps {
+            let range = range_of(index, count);
+            match step {
+                0 => drop(table.grant(A, count as u64 * GRANULE)),
+                1 => drop(table.grant(B, count as u64 * GRANULE)),
+                2 => drop(table.give_back(A, range)),
+                3 => drop(table.end(B)),
+                4 => if let Some((dirty, _)) = table.next_dirty() {
+                    table.zeroed(dirty);
+                    table.warmed(dirty.offset);
+                },
+                5 => drop(table.mark_free(count as u64 * GRANULE)),
+                _ => drop(table.sync(&all[..index % 4], |_| count % 2 == 0)),
+            }
+            let mut counts = Counts::default();
+            for slot in &table.slots {
+                if let Some(count) = counts.of(*slot) {
+                    *count += 1;
+                }
+            }
+            proptest::prop_assert_eq!(counts, table.counts());
+            for extent in &table.extents {
+                let leased = extent.slots().filter(|i| matches!(table.slots[*i], Slot::Leased(_)));
+                proptest::prop_assert_eq!(leased.count(), extent.leased);
+            }
+        }
+    }
+}
