@@ -257,7 +257,8 @@ fn storm(duration: Duration, guarded: bool) -> Losses {
         let (arrived, lost) = network.join().unwrap();
         let counted: u64 = (0..GRANULES).map(|granule| sum(&heap, granule)).sum();
         println!("{report:?}; {wanted} increments, {calls} system calls, {arrived} datagrams");
-        assert!(report.granules > 100 && calls > 100 && arrived > 100 && wanted > 100);
+        // Also in a guest without hardware support.
+        assert!(report.granules > 10 && calls > 100 && arrived > 100 && wanted > 100);
         losses.increments = wanted.abs_diff(counted);
         (losses.system_calls, losses.datagrams) = (failed, lost);
     });
@@ -282,15 +283,18 @@ const NOTHING: Losses = Losses {
     datagrams: 0,
 };
 
+fn duration() -> Duration {
+    let seconds = std::env::var("REBIND_STORM_SECONDS").ok();
+    Duration::from_secs(seconds.and_then(|s| s.parse().ok()).unwrap_or(3))
+}
+
 #[test]
 fn nothing_is_lost_while_granules_move() {
-    let seconds = std::env::var("REBIND_STORM_SECONDS").ok();
-    let seconds = seconds.and_then(|s| s.parse().ok()).unwrap_or(3);
-    assert_eq!(storm(Duration::from_secs(seconds), true), NOTHING);
+    assert_eq!(storm(duration(), true), NOTHING);
 }
 
 #[test]
 fn the_storm_notices_when_nobody_waits() {
-    let losses = storm(Duration::from_secs(1), false);
+    let losses = storm(duration() / 3, false);
     assert!(losses.increments > 0, "{losses:?}");
 }
