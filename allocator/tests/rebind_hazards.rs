@@ -11,7 +11,7 @@ use rebind_rig::{
     under_a_writer,
 };
 use rustix::fd::{AsRawFd, OwnedFd};
-use rustix::mm::{MlockAllFlags, MprotectFlags, mlock, mlockall, mprotect};
+use rustix::mm::{MlockAllFlags, MprotectFlags, mlock, mlockall, mprotect, munmap};
 use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::null_mut;
@@ -186,12 +186,33 @@ fn a_granule_whose_mapping_the_program_changed_stays_and_is_named() {
             Change::Protection
         );
     });
-    assert_eq!(smaps(heap.granule(2) + 7 * PAGE, "Locked:"), "4 kB");
+    let flags = smaps(heap.granule(2) + 7 * PAGE, "VmFlags:");
+    assert!(flags.split(' ').any(|f| f == "lo"), "unlocked: {flags}");
     assert!(
         [0, 2, 3, 4, 5]
             .into_iter()
             .all(|i| is_filled(&heap, i, 0..512))
     );
+}
+
+#[test]
+fn a_granule_whose_extent_has_gone_is_named_and_costs_nothing_else() {
+    let heap = Heap::new(2);
+    fill(&heap);
+    let Memory::Extent(alias) = heap.extent(1) else {
+        unreachable!()
+    };
+    // SAFETY: takes the extent away, as far as a copy is concerned.
+    unsafe { munmap(alias as *mut c_void, GRANULE) }.unwrap();
+    on_mover(None, |mover| {
+        let mut mover = mover.unwrap();
+        match to_dram(&mut mover, &heap, 0..2) {
+            Err(RebindError::Unreadable { granule, .. }) => assert_eq!(granule, heap.granule(1)),
+            other => panic!("{other:?}"),
+        }
+        to_dram(&mut mover, &heap, 0..1).unwrap();
+    });
+    assert!(is_filled(&heap, 0, 0..512));
 }
 
 #[test]
@@ -416,10 +437,10 @@ fn granules_can_wait_without_content_and_come_back_on_touch() {
             std::thread::sleep(Duration::from_millis(50));
             readers.push(read(1, 7));
             std::thread::sleep(Duration::from_millis(50));
-            for i in 0..2 {
+            for (i, file) in files.iter().enumerate() {
                 wait_until_wanted(&mover, heap, i);
                 // SAFETY: the granule is still taken, and this its content.
-                unsafe { mover.give(heap.granule(i), &mut filled(&files[i]), 0) }.unwrap();
+                unsafe { mover.give(heap.granule(i), &mut filled(file), 0) }.unwrap();
                 // Waits that the monitor heard of after their end.
                 while mover.wanted(heap.range()) == Some(heap.granule(i)) {
                     mover.dismiss(heap.granule(i));

@@ -48,6 +48,14 @@ pub enum RebindError {
     /// The placeholder had pages, so that nobody would have waited.
     #[error("a placeholder has pages in memory, so granules cannot be moved safely")]
     Populated,
+    /// Live pages of an extent cannot be read: it has gone, or is poisoned.
+    #[error("granule {granule:#x} cannot be moved: its extent cannot be read ({errno})")]
+    Unreadable {
+        /// The address of the granule.
+        granule: usize,
+        /// `ENOMEM`, `EFAULT` or `EHWPOISON`.
+        errno: Errno,
+    },
     /// The kernel refused something else.
     #[error("the kernel refused a step of the move ({0})")]
     Refused(Errno),

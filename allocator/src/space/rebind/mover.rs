@@ -7,7 +7,7 @@ use super::monitor::{Monitor, now};
 use super::placeholder;
 use super::reserve::Reserve;
 use super::spare::Spare;
-use super::staging::{Staging, advise};
+use super::staging::{Staging, advise, populate_live};
 use super::stall::StallHistogram;
 use super::taken::Taken;
 use super::uffd::Uffd;
@@ -28,6 +28,8 @@ pub struct Mover {
     mappings: Mappings,
     /// There whenever a granule is taken.
     reserve: Option<Reserve>,
+    /// How many granules are taken.
+    away: usize,
     guarded: bool,
     this_thread: PhantomData<*const ()>,
 }
@@ -51,6 +53,7 @@ impl Mover {
             uffd: ManuallyDrop::new(uffd),
             mappings,
             reserve: None,
+            away: 0,
             guarded: true,
             this_thread: PhantomData,
         })
@@ -110,6 +113,13 @@ impl Mover {
             *from = step.from;
         }
         let from = &from[..steps.len()];
+        for (i, step) in steps.iter().enumerate() {
+            if let Memory::Extent(alias) = step.from {
+                let granule = va + i * GRANULE;
+                populate_live(alias, step.live, Advice::LinuxPopulateRead)
+                    .map_err(|errno| RebindError::Unreadable { granule, errno })?;
+            }
+        }
         // SAFETY: the caller's.
         let mut spare = unsafe { Spare::prepare(steps) }?;
         let taking = now();
@@ -156,16 +166,17 @@ impl Mover {
             self.reserve = Some(Reserve::fill()?);
         }
         let mut taken = Taken::none_of(va, from);
-        // Waits that the monitor heard of after their end.
-        from.iter().enumerate().for_each(|(i, _)| {
-            self.monitor.waiters.remove(taken.granule(i), |_| ());
-        });
+        if self.away == 0 {
+            // Waits that the monitor heard of after their end.
+            self.monitor.waiters.clear();
+        }
         let mut i = 0;
         while i < from.len() {
             // SAFETY: the caller's.
             match unsafe { self.take_some(&mut taken, i, &from[i..]) } {
                 Ok(n) => {
                     taken.now_taken(i..i + n);
+                    self.away += n;
                     i += n;
                 }
                 Err(error) => {
@@ -217,6 +228,7 @@ impl Mover {
             let unregistered = self.uffd.unregister(taken.content.granule(i), len);
             if let Err(errno) = unregistered {
                 taken.now_taken(i..i + n);
+                self.away += n;
                 return Err(errno.into());
             }
         }
@@ -287,6 +299,7 @@ impl Mover {
             placed = unsafe { staging.move_to(i, 1, va) };
         }
         placed?;
+        self.away -= 1;
         // Fails on addresses outside the process only.
         let _ = self.uffd.wake(va, GRANULE);
         let woken = now();

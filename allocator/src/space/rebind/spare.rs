@@ -1,8 +1,9 @@
 //! Backing that waits to be put in place.
 
-use super::staging::{Staging, populate};
-use super::{GRANULE, Memory, RUN, Step};
+use super::staging::{Staging, populate_live};
+use super::{Memory, RUN, Step};
 use rustix::io::Errno;
+use rustix::mm::Advice;
 
 /// From this many live pages on a granule in DRAM is one huge page; below,
 /// only its live pages take memory. A huge page then costs at most 1.28 times
@@ -24,8 +25,9 @@ impl Spare {
     /// otherwise only its live pages take memory, and the rest reads as zeroes.
     ///
     /// # Errors
-    /// `ENOMEM` (address space, `vm.max_map_count`, overcommit), `EAGAIN`
-    /// (`RLIMIT_MEMLOCK` under mlockall(2)); nothing is left behind.
+    /// `ENOMEM` (memory, address space, `vm.max_map_count`, overcommit),
+    /// `EAGAIN` (`RLIMIT_MEMLOCK` under mlockall(2)), `EFAULT` and `EHWPOISON`
+    /// (an extent that has gone); nothing is left behind.
     ///
     /// # Safety
     /// Every [`Memory::Extent`] names a granule of a shared mapping.
@@ -63,7 +65,7 @@ impl Staging {
     unsafe fn back(&mut self, i: usize, step: &Step<'_>) -> Result<usize, Errno> {
         match step.to {
             Memory::Extent(alias) => {
-                populate(alias, GRANULE);
+                populate_live(alias, step.live, Advice::LinuxPopulateWrite)?;
                 // SAFETY: the caller's.
                 unsafe { self.map_extent(i, alias) }?;
                 return Ok(alias);

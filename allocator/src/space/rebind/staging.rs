@@ -115,9 +115,8 @@ impl Staging {
         allow_access(at, GRANULE)?;
         // The kernel clears a huge page towards the address that faults, and
         // upwards takes it less than half the time that downwards does.
-        populate(at + GRANULE - PAGE, PAGE);
-        populate(at, GRANULE);
-        Ok(())
+        populate(at + GRANULE - PAGE, PAGE, Advice::LinuxPopulateWrite)?;
+        populate(at, GRANULE, Advice::LinuxPopulateWrite)
     }
 
     /// Makes reserved granule `i` anonymous memory with just the live pages
@@ -127,10 +126,7 @@ impl Staging {
         // Before it is accessible, since mlockall(MCL_FUTURE) populates then.
         let _ = advise(at, GRANULE, Advice::LinuxNoHugepage);
         allow_access(at, GRANULE)?;
-        for pages in live.runs() {
-            populate(at + pages.start * PAGE, pages.len() * PAGE);
-        }
-        Ok(())
+        populate_live(at, live, Advice::LinuxPopulateWrite)
     }
 
     fn put(&mut self, i: usize, n: usize, at: usize) {
@@ -149,10 +145,20 @@ impl Drop for Staging {
     }
 }
 
-/// Faults pages in now, so that a copy does not. What cannot be populated
-/// ahead (an old kernel, `/dev/mem`) is faulted in later.
-pub(super) fn populate(at: usize, len: usize) {
-    let _ = advise(at, len, Advice::LinuxPopulateWrite);
+/// Faults the live pages of a granule in now, for a copy that neither waits
+/// for memory nor meets a page that cannot be had: here that is an error, and
+/// there SIGBUS or the OOM killer.
+pub(super) fn populate_live(at: usize, live: &LivePages, how: Advice) -> Result<(), Errno> {
+    live.runs()
+        .try_for_each(|pages| populate(at + pages.start * PAGE, pages.len() * PAGE, how))
+}
+
+fn populate(at: usize, len: usize, how: Advice) -> Result<(), Errno> {
+    match advise(at, len, how) {
+        // Before Linux 5.14 the copy itself faults them in.
+        Err(Errno::INVAL) => Ok(()),
+        done => done,
+    }
 }
 
 /// `errno` after a call of libc's that failed.

@@ -67,6 +67,13 @@ impl Waiters {
         }
     }
 
+    /// Mover only: forgets all waits.
+    pub(super) fn clear(&self) {
+        for slot in &self.slots {
+            slot.granule.store(0, Release);
+        }
+    }
+
     /// The granule in the range that a thread has waited for longest.
     pub(super) fn longest(&self, range: Range<usize>) -> Option<usize> {
         let waits = self.slots.iter().filter_map(|slot| {
