@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -111,9 +112,11 @@ pub(crate) fn run(options: &Options) -> Result<u8, Failure> {
     let mut command = Command::new(&options.command[0]);
     command
         .args(&options.command[1..])
-        .env("LD_PRELOAD", preloads(&library))
-        .env(RUN_VARIABLE, run.to_string())
-        .env(conf::VARIABLE, &settings.text);
+        .env("LD_PRELOAD", preloads(&library)?)
+        .env(RUN_VARIABLE, run.to_string());
+    if !settings.text.is_empty() {
+        command.env(conf::VARIABLE, &settings.text);
+    }
     signals.restore_in(&mut command);
     match &socket {
         Some(socket) => command.env(sockets::VARIABLE, socket),
@@ -269,13 +272,26 @@ fn find_library() -> Result<PathBuf, Failure> {
 }
 
 /// Our library before whatever was to be preloaded anyway.
-fn preloads(library: &Path) -> OsString {
+fn preloads(library: &Path) -> Result<OsString, Failure> {
+    // ld.so(8) knows no way to quote them.
+    if library
+        .as_os_str()
+        .as_bytes()
+        .iter()
+        .any(|byte| b" :".contains(byte))
+    {
+        let path = library.display();
+        return Err(Failure::Usage(format!(
+            "LD_PRELOAD can't name {path}, because of the space or colon in it: \
+             set {LIBRARY_VARIABLE} to a copy elsewhere"
+        )));
+    }
     let mut preloads = OsString::from(library);
     if let Some(others) = env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
         preloads.push(":");
         preloads.push(others);
     }
-    preloads
+    Ok(preloads)
 }
 
 /// Says what has to be said at the end: statistics if asked, and once if the

@@ -123,3 +123,17 @@ fn without_a_broker_orders_fail_with_1_and_say_how_to_start_one() {
         );
     }
 }
+
+#[test]
+fn a_library_that_ld_preload_can_not_name_is_refused() {
+    let dcm = Dcm::new();
+    let library = dcm.directory.path().join("lib one.so");
+    std::fs::write(&library, "").unwrap();
+    let output = dcm
+        .command(&["run", "--emulate", "64M", "--", "true"])
+        .env("DCM_PRELOAD", &library)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("space"), "{}", stderr(&output));
+}

@@ -39,6 +39,9 @@ const POLL_BUSY: Duration = Duration::from_millis(1);
 const POLL_STARVING: Duration = Duration::from_millis(5);
 const POLL_IDLE: Duration = Duration::from_millis(20);
 const POLL_FAILED: Duration = Duration::from_millis(250);
+/// Longest interval after errors: a device that hangs takes its time-out each
+/// time, and clients wait with the broker.
+const POLL_HOPELESS: Duration = Duration::from_secs(16);
 
 /// Which users may take leases. Root and the broker's own user always may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +95,7 @@ pub struct Broker {
     next_connection: u64,
     accept_after: Instant,
     next_poll: Instant,
+    failed_polls: u32,
     busy_until: Instant,
     warmer: Option<Warmer>,
     /// Whether huge pages can be had; tried again when capacity changes.
@@ -139,6 +143,7 @@ impl Broker {
             next_connection: 1,
             accept_after: now,
             next_poll: now,
+            failed_polls: 0,
             busy_until: now + BUSY_FOR,
             warmer,
             warming: true,
@@ -283,8 +288,16 @@ impl Broker {
     }
 
     fn poll_device(&mut self, now: Instant) {
-        let interval = match self.take_device_events(now) {
-            Err(()) => POLL_FAILED,
+        let polled = self.take_device_events(now);
+        if polled.is_ok() {
+            self.failed_polls = 0;
+        }
+        let interval = match polled {
+            Err(()) => {
+                self.failed_polls += 1;
+                let doubled = 1 << (self.failed_polls - 1).min(10);
+                (POLL_FAILED * doubled).min(POLL_HOPELESS)
+            }
             Ok(true) => {
                 self.stay_busy(now);
                 POLL_BUSY
@@ -293,13 +306,17 @@ impl Broker {
             Ok(false) if self.clients.values().any(|client| client.starving) => POLL_STARVING,
             Ok(false) => POLL_IDLE,
         };
-        self.next_poll = now + interval;
+        // From now: the device may have taken its time.
+        self.next_poll = Instant::now() + interval;
     }
 
-    /// Something is going on: look at the device now, and often for a while.
+    /// Something is going on: look at the device now, and often for a while;
+    /// but a device that fails is left alone.
     pub(super) fn stay_busy(&mut self, now: Instant) {
         self.busy_until = now + BUSY_FOR;
-        self.next_poll = now;
+        if self.failed_polls == 0 {
+            self.next_poll = now;
+        }
     }
 
     /// Takes over what the device says is accepted.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use dax_backend::broker::admin::{AdminClient, AdminRequest};
 use dax_backend::broker::protocol::{Kind, Message, RefusedCode, VERSION};
-use dax_backend::broker::{Admit, BrokerClient, ConnectError};
+use dax_backend::broker::{Admit, BrokerClient, ConnectError, GRANULE, WindowRange};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketType, bind, connect, listen, recv,
     send, socket,
@@ -259,4 +259,59 @@ fn nobody_there_is_its_own_error() {
     let long = std::ffi::CString::new(vec![b'x'; 200]).unwrap();
     let error = BrokerClient::connect(&long, 0).map(|_| ()).unwrap_err();
     assert_eq!(error, ConnectError::Path);
+}
+
+/// Messages that are well-formed and make no sense, from a client that was let in.
+#[test]
+fn a_mad_client_harms_nobody() {
+    let rig = Rig::new(&[16]);
+    let sane = rig.client();
+    let (ranges, _) = sane.lease(4);
+    // xorshift64: the same messages every time.
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let mut mad = rig.client();
+    for _ in 0..3_000 {
+        let kind = [
+            Kind::Lease,
+            Kind::Return,
+            Kind::Return,
+            Kind::RecallAnswer,
+            Kind::RecallAnswer,
+            Kind::AdminRequest,
+            Kind::Grant,
+        ][(random() % 7) as usize];
+        let mut message = Message::new(kind).with_id(random() % 8);
+        for arg in 0..4 {
+            let any = [0, 1, GRANULE, u64::MAX, random()];
+            message = message.with_arg(arg, any[(random() % 5) as usize]);
+        }
+        let mut range = || {
+            let any = [0, random() % 20 * GRANULE, u64::MAX, random()];
+            let offset = any[(random() % 4) as usize];
+            let len = any[(random() % 4) as usize];
+            WindowRange { offset, len }
+        };
+        let message = message.with_ranges(&[range(), range(), range()]);
+        let sent = send(mad.broker.fd(), message.bytes(), SendFlags::NOSIGNAL);
+        // Thrown out, it comes back. What it is told it does not read.
+        while let Ok(Some(_)) = mad.broker.recv(Some(Duration::ZERO)) {}
+        if sent.is_err() || mad.broker.recv(Some(Duration::ZERO)).is_err() {
+            mad = rig.client();
+        }
+    }
+    drop(mad);
+    let status = rig.until(Duration::from_secs(5), |status| status.clients.len() == 1);
+    assert_eq!(status.capacity.leased, 4 * GRANULE);
+    assert_eq!(status.capacity.accepted, 16 * GRANULE);
+    assert_eq!(status.capacity.free, 12 * GRANULE);
+    sane.give_back(&ranges);
+    rig.until(Duration::from_secs(2), |status| {
+        status.capacity.clean == 16 * GRANULE
+    });
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use dax_backend::broker::admin::{AdminReply, AdminRequest};
 use dax_backend::broker::{FromBroker, GRANULE};
 use dax_backend::extent::ExtentTag;
+use dax_backend::model::{Fault, FaultKind};
 use dax_backend::orchestrator::Orchestrator;
 
 use crate::rig::{Rig, Setup, is_zero, total};
@@ -93,4 +94,39 @@ fn an_offer_becomes_usable_memory_in_less_than_five_milliseconds() {
     let median = times[times.len() / 2];
     println!("offer of 3 extents to leased memory: {median:?} (p50)");
     assert!(median < Duration::from_millis(5), "{times:?}");
+}
+
+#[test]
+fn a_refused_read_of_the_log_costs_nothing_but_time() {
+    let rig = Rig::new(&[8]);
+    // Get Event Records: Internal Error.
+    rig.model
+        .inject(Fault::on(0x0100, FaultKind::ReturnCode(0x4)));
+    let mut fabric = rig.model.fabric();
+    Orchestrator::add(&mut fabric, &[8 * GRANULE], ExtentTag::NULL).unwrap();
+    let status = rig.until(Duration::from_secs(5), |status| {
+        status.capacity.accepted == 16 * GRANULE
+    });
+    let error = status.device.last_error.unwrap();
+    assert!(error.contains("0x04"), "{error}");
+}
+
+#[test]
+fn leases_go_on_while_the_device_hangs() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    rig.model.inject(Fault::on(0x0100, FaultKind::Hang));
+    let mut fabric = rig.model.fabric();
+    Orchestrator::add(&mut fabric, &[8 * GRANULE], ExtentTag::NULL).unwrap();
+    rig.until(Duration::from_secs(8), |status| {
+        status.device.last_error.is_some()
+    });
+    for _ in 0..4 {
+        let (ranges, _) = client.lease(2);
+        assert_eq!(total(&ranges), 2 * GRANULE);
+        client.give_back(&ranges);
+    }
+    let status = rig.status();
+    assert!(status.device.counters.timeouts > 0);
+    assert_eq!(status.capacity.leased, 0);
 }
