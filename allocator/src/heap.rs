@@ -318,6 +318,7 @@ impl Heap {
     fn wait_for_extents(&'static self, granules: usize, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         let waits = matches!(self.config().on_exhausted, OnExhausted::Wait(_));
+        let refusals = self.space.refusals();
         loop {
             let seen = self.supply.lent.read();
             if self.space.idle_granules() >= granules {
@@ -328,7 +329,10 @@ impl Heap {
             if !self.service.is_running() {
                 self.space.set_exhausted(true);
             }
-            if self.space.is_exhausted() && !(waits && self.service.is_running()) {
+            // A refusal may be over by now, because others gave some back; it
+            // was the answer to this request all the same.
+            let refused = self.space.is_exhausted() || self.space.refusals() != refusals;
+            if refused && !(waits && self.service.is_running()) {
                 self.exhausted.fetch_add(1, Ordering::Relaxed);
                 return false;
             }

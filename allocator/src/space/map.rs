@@ -37,13 +37,15 @@ pub(super) fn table(len: usize) -> Result<usize, Errno> {
     Ok(table as usize)
 }
 
-/// Backs `len` bytes at `at` with anonymous DRAM, which reads as zeroes.
+/// Backs `len` bytes at `at` with anonymous DRAM, which reads as zeroes. It
+/// counts as memory in use, so that a request for more than the machine has
+/// is refused by the kernel and not by its OOM killer.
 ///
 /// # Safety
 /// `at..at + len` lies in a reservation of this module and holds nothing that
 /// anyone still needs.
 pub(super) unsafe fn back_with_dram(at: usize, len: usize) -> Result<(), Errno> {
-    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED;
     let prot = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: the caller owns these addresses.
     unsafe { mmap_anonymous(at as *mut c_void, len, prot, flags) }.map(drop)

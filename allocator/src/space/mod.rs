@@ -14,6 +14,7 @@
 //! Nothing in here waits for a lender, allocates, formats or logs: it runs
 //! under locks of the engine. The only lock is the space's own, a leaf.
 
+mod backing;
 mod granule;
 mod map;
 mod moving;
@@ -22,7 +23,7 @@ mod pool;
 pub mod rebind;
 mod table;
 
-use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use rustix::io::Errno;
 
 pub use granule::{Backing, GRANULE, PAGE, PAGES_PER_GRANULE, Tier};
@@ -108,6 +109,8 @@ pub struct Space {
     state: Lock<State>,
     /// The lender has no more: take DRAM instead of failing, if allowed.
     exhausted: AtomicBool,
+    /// How often `exhausted` was set.
+    refusals: AtomicU32,
     /// Whether DRAM is taken where no lent granule is unused.
     dram_when_exhausted: AtomicBool,
     /// Whether unused granules are short: `FINE`, `SHORT` or `TOLD`.
@@ -135,6 +138,7 @@ impl Space {
         Self {
             state: Lock::new(State::NEW),
             exhausted: AtomicBool::new(true),
+            refusals: AtomicU32::new(0),
             dram_when_exhausted: AtomicBool::new(true),
             low: AtomicU8::new(FINE),
         }
@@ -196,7 +200,13 @@ impl Space {
 
     /// Says whether the lender has more to give.
     pub fn set_exhausted(&self, yes: bool) {
+        self.refusals.fetch_add(u32::from(yes), Ordering::Relaxed);
         self.exhausted.store(yes, Ordering::Release);
+    }
+
+    /// How often the lender has said that it has no more.
+    pub fn refusals(&self) -> u32 {
+        self.refusals.load(Ordering::Acquire)
     }
 
     /// Makes every new granule DRAM, whatever the tier, while set.
@@ -298,15 +308,7 @@ impl Space {
 
     /// Takes back a run, or any piece of one or several neighbours.
     pub fn free(&self, addr: usize, len: usize) {
-        let mut state = self.state.lock();
-        let (mut at, end) = (addr, addr + len);
-        while at < end {
-            let Some(index) = state.index(at) else { return };
-            let start = (at - state.addr(index)) / PAGE;
-            let pages = ((end - at) / PAGE).min(PAGES_PER_GRANULE - start);
-            state.free_within(index, start, pages);
-            at += pages * PAGE;
-        }
+        self.state.lock().free_pages(addr, len);
     }
 
     /// Adds lent granules, which read as zeroes, to the pool. Returns the

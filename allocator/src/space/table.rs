@@ -1,7 +1,6 @@
 //! The granule table and the search for free pages in it.
 
 use super::granule::{Backing, GRANULE, Granule, PAGE, PAGES_PER_GRANULE, TIERS, Tier};
-use super::map;
 use super::pool::Pool;
 use super::{Run, Usage};
 
@@ -30,7 +29,7 @@ pub(super) struct State {
     /// Every `dram_every`-th new granule of the extent tier is DRAM by choice
     /// (placement `interleave`); 0: none.
     pub(super) dram_every: u32,
-    interleaved: u32,
+    pub(super) interleaved: u32,
     /// A fork is near: new granules are DRAM.
     pub(super) extents_closed: bool,
     pub(super) tick: u32,
@@ -184,11 +183,8 @@ impl State {
             unsafe { *self.table.add(self.high) = Granule::NEW };
             self.high += 1;
         }
-        for index in first..first + count {
-            if self.granule(index).backing == Backing::None && !self.back(index, tier, dram_allowed)
-            {
-                return None;
-            }
+        if !self.back_run(first..first + count, tier, dram_allowed) {
+            return None;
         }
         let mut zeroed = true;
         let mut left = pages;
@@ -253,51 +249,6 @@ impl State {
         self.idle().saturating_sub(self.reserve())
     }
 
-    /// Puts memory behind a bare granule. `false`: nothing lent is left, or
-    /// the kernel refused the mapping; the granule stays bare.
-    fn back(&mut self, index: usize, tier: Tier, dram_allowed: bool) -> bool {
-        let by_choice = tier == Tier::Extent && self.dram_every != 0 && {
-            self.interleaved = self.interleaved.wrapping_add(1);
-            self.interleaved.is_multiple_of(self.dram_every)
-        };
-        let at = self.addr(index);
-        let lent = tier == Tier::Extent && !by_choice && !self.extents_closed;
-        let offset = if lent { self.pool.take() } else { None };
-        // Where the window can't be mapped (RLIMIT_AS counts the duplicate
-        // before it takes the place of the reservation), DRAM still can.
-        let mapped = offset.filter(|&offset| {
-            // SAFETY: a bare granule, and an offset that `lend` found to lie
-            // inside the window.
-            unsafe { map::back_with_window(at, self.window + offset as usize, GRANULE) }.is_ok()
-        });
-        let backing = match mapped {
-            Some(offset) => Backing::Extent(offset),
-            None => {
-                if let Some(offset) = offset {
-                    self.pool.put(offset);
-                }
-                if tier == Tier::Extent && !by_choice && !dram_allowed {
-                    return false;
-                }
-                // SAFETY: a bare granule of this space.
-                if unsafe { map::back_with_dram(at, GRANULE) }.is_err() {
-                    return false;
-                }
-                self.usage.dram_held += GRANULE as u64;
-                Backing::Dram
-            }
-        };
-        *self.granule_mut(index) = Granule {
-            backing,
-            tier,
-            by_choice,
-            idle_since: self.tick,
-            ..Granule::NEW
-        };
-        self.set_gap(index);
-        true
-    }
-
     /// Books pages of a backed granule as live; whether all of them are zero.
     pub(super) fn take_pages(&mut self, index: usize, start: usize, pages: usize) -> bool {
         let granule = self.granule_mut(index);
@@ -317,62 +268,5 @@ impl State {
         self.usage.note_peaks();
         self.set_gap(index);
         zeroed
-    }
-
-    /// Books pages as free, and lets go of DRAM that nothing uses any more.
-    pub(super) fn free_within(&mut self, index: usize, start: usize, pages: usize) {
-        let (at, tick) = (self.addr(index), self.tick);
-        let granule = self.granule_mut(index);
-        debug_assert!(
-            granule.live.contains(start, pages),
-            "pages freed that are not live"
-        );
-        granule.live.remove(start, pages);
-        let emptied = granule.live.is_empty();
-        let bytes = (pages * PAGE) as u64;
-        match granule.backing {
-            Backing::Extent(_) => {
-                granule.idle_since = tick;
-                self.usage.extent_live -= bytes;
-                if self.granule(index).is_idle() {
-                    self.usage.idle += GRANULE as u64;
-                }
-            }
-            Backing::Dram if granule.in_flight => self.usage.dram_live -= bytes,
-            Backing::Dram => {
-                // SAFETY: the engine gave these pages, or all of the granule,
-                // back; nobody else may read them.
-                let dropped = unsafe {
-                    if emptied {
-                        map::unback(at, GRANULE)
-                    } else {
-                        map::drop_pages(at + start * PAGE, pages * PAGE)
-                    }
-                };
-                if dropped.is_ok() {
-                    granule.dirty.remove(start, pages);
-                }
-                if emptied && dropped.is_ok() {
-                    granule.backing = Backing::None;
-                    self.usage.dram_held -= GRANULE as u64;
-                }
-                self.usage.dram_live -= bytes;
-            }
-            Backing::None => {}
-        }
-        self.set_gap(index);
-    }
-
-    /// Makes an idle granule bare; its extent is the caller's. `false`: the
-    /// kernel has no memory for the change, and the granule stays as it was.
-    pub(super) fn unback_idle(&mut self, index: usize) -> bool {
-        debug_assert!(self.granule(index).is_idle());
-        // SAFETY: an idle granule of this space holds nothing live.
-        if unsafe { map::unback(self.addr(index), GRANULE) }.is_err() {
-            return false;
-        }
-        *self.granule_mut(index) = Granule::NEW;
-        self.set_gap(index);
-        true
     }
 }

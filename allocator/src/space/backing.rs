@@ -1,0 +1,189 @@
+//! Putting memory behind granules and taking it away again.
+
+use core::ops::Range;
+
+use super::granule::{Backing, GRANULE, Granule, PAGE, PAGES_PER_GRANULE, Tier};
+use super::map;
+use super::table::State;
+
+impl State {
+    /// Puts memory behind those of a run of granules that are bare. `false`:
+    /// nothing lent is left and DRAM won't do, or the kernel has none; what
+    /// was bare is bare again, or idle.
+    pub(super) fn back_run(&mut self, run: Range<usize>, tier: Tier, dram: bool) -> bool {
+        let mut index = run.start;
+        while index < run.end {
+            if self.granule(index).backing != Backing::None {
+                index += 1;
+                continue;
+            }
+            let by_choice = self.interleaves(tier);
+            let lent = tier == Tier::Extent && !by_choice && !self.extents_closed;
+            if lent && self.back_with_lent(index) {
+                index += 1;
+                continue;
+            }
+            let bare = |index: &usize| self.granule(*index).backing == Backing::None;
+            let count = match lent && self.pool.count() > 0 || by_choice {
+                // The next one may be mapped, or is not DRAM by choice.
+                true => 1,
+                false => (index..run.end).take_while(bare).count(),
+            };
+            let allowed = tier == Tier::Dram || by_choice || dram;
+            if !allowed || !self.back_with_dram(index..index + count, tier, by_choice) {
+                self.unback_unused(run.start..index);
+                return false;
+            }
+            index += count;
+        }
+        true
+    }
+
+    /// Whether the next granule of a tier is DRAM by choice.
+    fn interleaves(&mut self, tier: Tier) -> bool {
+        if tier == Tier::Dram || self.dram_every == 0 {
+            return false;
+        }
+        self.interleaved = self.interleaved.wrapping_add(1);
+        self.interleaved.is_multiple_of(self.dram_every)
+    }
+
+    /// `false`: nothing lent is left, or the window can't be mapped here
+    /// (`RLIMIT_AS` counts the duplicate before it takes the place of the
+    /// reservation; DRAM still can).
+    fn back_with_lent(&mut self, index: usize) -> bool {
+        let Some(offset) = self.pool.take() else {
+            return false;
+        };
+        let (at, alias) = (self.addr(index), self.window + offset as usize);
+        // SAFETY: a bare granule, and an offset that `lend` found to lie
+        // inside the window.
+        if unsafe { map::back_with_window(at, alias, GRANULE) }.is_err() {
+            self.pool.put(offset);
+            return false;
+        }
+        self.now_backed(index, Backing::Extent(offset), Tier::Extent, false);
+        true
+    }
+
+    fn back_with_dram(&mut self, run: Range<usize>, tier: Tier, by_choice: bool) -> bool {
+        let len = run.len() * GRANULE;
+        // SAFETY: bare granules of this space.
+        if unsafe { map::back_with_dram(self.addr(run.start), len) }.is_err() {
+            return false;
+        }
+        self.usage.dram_held += len as u64;
+        for index in run {
+            self.now_backed(index, Backing::Dram, tier, by_choice);
+        }
+        true
+    }
+
+    fn now_backed(&mut self, index: usize, backing: Backing, tier: Tier, by_choice: bool) {
+        let idle_since = self.tick;
+        *self.granule_mut(index) = Granule {
+            backing,
+            tier,
+            by_choice,
+            idle_since,
+            ..Granule::NEW
+        };
+        self.set_gap(index);
+    }
+
+    /// Lets go of DRAM in which nothing is live.
+    fn unback_unused(&mut self, run: Range<usize>) {
+        for index in run {
+            let granule = self.granule(index);
+            if granule.backing == Backing::Dram && granule.live.is_empty() && !granule.in_flight {
+                self.unback_dram(index..index + 1);
+            }
+        }
+    }
+
+    /// Books pages as free, and lets go of DRAM that nothing uses any more.
+    pub(super) fn free_pages(&mut self, addr: usize, len: usize) {
+        let (mut at, end) = (addr, addr + len);
+        let mut emptied = 0..0;
+        while at < end {
+            let Some(index) = self.index(at) else { return };
+            let start = (at - self.addr(index)) / PAGE;
+            let pages = ((end - at) / PAGE).min(PAGES_PER_GRANULE - start);
+            if self.free_within(index, start, pages) {
+                emptied.start = if emptied.is_empty() {
+                    index
+                } else {
+                    emptied.start
+                };
+                emptied.end = index + 1;
+            }
+            at += pages * PAGE;
+        }
+        if !emptied.is_empty() {
+            self.unback_dram(emptied);
+        }
+    }
+
+    /// Books pages of one granule as free. `true`: it is DRAM, and empty now.
+    /// Those of one call are neighbours.
+    fn free_within(&mut self, index: usize, start: usize, pages: usize) -> bool {
+        let (at, tick) = (self.addr(index), self.tick);
+        let granule = self.granule_mut(index);
+        debug_assert!(
+            granule.live.contains(start, pages),
+            "pages freed that are not live"
+        );
+        granule.live.remove(start, pages);
+        let (backing, in_flight, empty) =
+            (granule.backing, granule.in_flight, granule.live.is_empty());
+        let bytes = (pages * PAGE) as u64;
+        match backing {
+            Backing::Extent(_) => {
+                granule.idle_since = tick;
+                self.usage.extent_live -= bytes;
+                if empty && !in_flight {
+                    self.usage.idle += GRANULE as u64;
+                }
+            }
+            Backing::Dram => {
+                // SAFETY: the engine gave these pages back; nobody else may
+                // read them, and they are not on the move.
+                let drop = || unsafe { map::drop_pages(at + start * PAGE, pages * PAGE) };
+                if !in_flight && !empty && drop().is_ok() {
+                    granule.dirty.remove(start, pages);
+                }
+                self.usage.dram_live -= bytes;
+            }
+            Backing::None => {}
+        }
+        self.set_gap(index);
+        backing == Backing::Dram && empty && !in_flight
+    }
+
+    /// Makes empty granules in DRAM bare. Where the kernel has no memory for
+    /// that they stay, and are used again.
+    fn unback_dram(&mut self, run: Range<usize>) {
+        let len = run.len() * GRANULE;
+        // SAFETY: nothing in them is live.
+        if unsafe { map::unback(self.addr(run.start), len) }.is_ok() {
+            self.usage.dram_held -= len as u64;
+            for index in run {
+                *self.granule_mut(index) = Granule::NEW;
+                self.set_gap(index);
+            }
+        }
+    }
+
+    /// Makes an idle granule bare; its extent is the caller's. `false`: the
+    /// kernel has no memory for the change, and the granule stays as it was.
+    pub(super) fn unback_idle(&mut self, index: usize) -> bool {
+        debug_assert!(self.granule(index).is_idle());
+        // SAFETY: an idle granule of this space holds nothing live.
+        if unsafe { map::unback(self.addr(index), GRANULE) }.is_err() {
+            return false;
+        }
+        *self.granule_mut(index) = Granule::NEW;
+        self.set_gap(index);
+        true
+    }
+}
