@@ -41,8 +41,8 @@ pub trait Journal: Send {
 pub struct JournalEntry {
     /// Records of the last read, which may still be in the log.
     pub last_read: Vec<RecordId>,
-    /// Whether the overflow that the log reports is accounted for in `cuts`.
-    pub overflow_seen: bool,
+    /// How many records lost before the last read are accounted for.
+    pub overflow_counted: u32,
     /// Where records are missing.
     pub cuts: VecDeque<Cut>,
     /// The open group.
@@ -55,6 +55,8 @@ pub struct JournalEntry {
     pub answer: Option<Answer>,
     /// How many groups at most the device may have offered that were never seen.
     pub unseen_groups: u32,
+    /// Whether the group answered last was cut short by lost records.
+    pub after_truncated: bool,
 }
 
 /// Tells one record from another. Handles alone come around.
@@ -113,6 +115,8 @@ pub struct Answer {
     pub accepted: Vec<Extent>,
     /// What is not.
     pub rejected: Vec<(Extent, RejectReason)>,
+    /// How many groups before it were rejected unseen because the device did not take it.
+    pub older_rejected: u32,
 }
 
 /// Keeps the entry in memory: for a device that does not outlive its driver.
@@ -187,6 +191,7 @@ mod tests {
             answer: Some(Answer {
                 accepted: Vec::new(),
                 rejected: vec![(extent, RejectReason::Misaligned { block_size: 64 })],
+                older_rejected: 1,
             }),
             unseen_groups: 2,
             ..JournalEntry::default()

@@ -12,7 +12,10 @@ use crate::extent::Extent;
 use crate::journal::{Answer, Work};
 use crate::mailbox::MailboxError;
 use crate::mmio::Mmio;
-use crate::staging::{Decision, OfferedGroup, RejectReason, Verdict, judge};
+use crate::staging::{Closed, Decision, OfferedGroup, RejectReason, Verdict, judge};
+
+/// Groups rejected unseen for one answer, after which the device is not believed any more.
+const MAX_UNSEEN: u32 = 256;
 
 /// What came of sending an answer.
 enum Sent {
@@ -55,9 +58,14 @@ impl<M: Mmio> DcDevice<M> {
                     self.unseen_groups = 0;
                     return self.conclude();
                 }
-                _ if self.unseen_groups > 0 => self.reject_unseen_group()?,
+                // Commands of an attempt that was cut off may be in the way.
                 _ if self.is_long() && !restarted => restarted = true,
-                code => self.accept_none(RejectReason::DeviceRefused { code: code.into() })?,
+                _ if self.is_behind_another(code) => self.reject_oldest()?,
+                code if self.may_be_answered() => {
+                    self.leave_unanswered(code);
+                    return self.conclude();
+                }
+                code => self.accept_none(code)?,
             }
         }
     }
@@ -209,23 +217,51 @@ impl<M: Mmio> DcDevice<M> {
         self.write_down(answer)
     }
 
-    fn accept_none(&mut self, reason: RejectReason) -> Result<(), DeviceError> {
+    /// The device does not take the answer, so it gets a rejection. That may hit an older group
+    /// that nobody knows of: then this one is in the way of the next.
+    fn accept_none(&mut self, code: ReturnCode) -> Result<(), DeviceError> {
+        let reason = RejectReason::DeviceRefused { code: code.into() };
         let mut answer = self.answering().clone();
         answer.drop_unless(|_| false, reason);
+        self.unseen_groups = self.unseen_groups.saturating_add(1);
         self.write_down(answer)
     }
 
-    /// After lost records the device may wait for answers to groups that were never seen. The
-    /// group being answered is pending for certain, so the oldest one can be rejected safely:
-    /// it is either one of those, or the one whose answer the device does not take.
-    fn reject_unseen_group(&mut self) -> Result<(), DeviceError> {
-        let code = self.send_one(&[], false)?;
+    /// Whether the device waits for answers to groups that were never seen. By the specification
+    /// it says Invalid Input to an answer that is not for the oldest group. QEMU's does not, and
+    /// there the records that were lost tell how many groups that may be.
+    fn is_behind_another(&mut self, code: ReturnCode) -> bool {
+        if code == ReturnCode::InvalidInput {
+            self.tells_order = true;
+            return self.answering().older_rejected < MAX_UNSEEN;
+        }
+        self.unseen_groups > 0 && !self.tells_order
+    }
+
+    /// Rejects the oldest group unseen. The group being answered is pending, so there is one: it
+    /// is an unseen one, or this one whose answer the device does not take.
+    fn reject_oldest(&mut self) -> Result<(), DeviceError> {
+        self.unseen_groups = self.unseen_groups.saturating_sub(1);
+        self.answering().older_rejected += 1;
+        self.save()?;
+        if self.send_one(&[], false)? != ReturnCode::Success {
+            self.unseen_groups = 0;
+        }
         self.answer_sent = false;
-        self.unseen_groups = match code {
-            ReturnCode::Success => self.unseen_groups - 1,
-            _ => 0,
-        };
-        self.save()
+        Ok(())
+    }
+
+    /// Whether the refused group is perhaps not pending at all: it was hit by a rejection meant
+    /// for an older one, or it is the late end of a group that was cut short by lost records.
+    fn may_be_answered(&mut self) -> bool {
+        self.after_truncated || self.answering().older_rejected > 0
+    }
+
+    /// Takes a group for answered. If it is not, it is in the way of the next group's answer.
+    fn leave_unanswered(&mut self, code: ReturnCode) {
+        let reason = RejectReason::DeviceRefused { code: code.into() };
+        self.answering().drop_unless(|_| false, reason);
+        self.unseen_groups = self.unseen_groups.saturating_add(1);
     }
 
     /// The device has confirmed: from here on nothing may fail.
@@ -233,9 +269,12 @@ impl<M: Mmio> DcDevice<M> {
         let Answer {
             mut accepted,
             rejected,
+            ..
         } = self.answer.take().unwrap_or_default();
         self.answer_sent = false;
-        self.work.pop_front();
+        if let Some(Work::Answer(group)) = self.work.pop_front() {
+            self.after_truncated = group.closed == Closed::Truncated;
+        }
         self.unsaved = true;
         self.counters.groups_answered += 1;
         self.counters.extents_rejected += rejected.len() as u64;

@@ -8,11 +8,13 @@
 use std::time::Instant;
 
 use super::DcDevice;
+use crate::capacity::DeviceEvent;
 use crate::cmd::events::{
     ClearEventRecords, ClearEventRecordsHeader, EventLogKind, EventRecords, GetEventRecords,
 };
 use crate::error::DeviceError;
 use crate::event_record::{RawRecord, RecordKind};
+use crate::extent::Extent;
 use crate::journal::{Cut, RecordId, Work};
 use crate::mmio::{Mmio, RegisterBlock};
 use crate::regs::device_status::EventStatus;
@@ -85,27 +87,16 @@ impl<M: Mmio> DcDevice<M> {
     /// Stages what one read brought, except what an earlier read has brought already.
     fn stage(&mut self, now: Instant, read: &EventRecords) {
         let seen_before = |record: &RawRecord| self.last_read.contains(&RecordId::from(record));
-        if !read.records.first().is_some_and(seen_before) {
-            self.overflow_seen = false;
+        let staged = read
+            .records
+            .iter()
+            .filter(|record| seen_before(record))
+            .count();
+        if staged == 0 {
+            self.overflow_counted = 0;
         }
-        if let Some(lost) = read.overflow
-            && !self.overflow_seen
-        {
-            self.overflow_seen = true;
-            self.counters.overflows += 1;
-            // A log that has run over is full, and nothing was cleared since: so many records
-            // from here on are older than those that were lost.
-            let staged = read
-                .records
-                .iter()
-                .filter(|record| seen_before(record))
-                .count();
-            let after = match self.log_depth {
-                0 => u32::MAX,
-                depth => depth.saturating_sub(staged as u32),
-            };
-            let lost = u32::from(lost.max(1));
-            self.cuts.push_back(Cut { after, lost });
+        if let Some(lost) = read.overflow {
+            self.count_overflow(u32::from(lost.max(1)), staged as u32);
         }
         self.cut_where_due(now);
         for record in &read.records {
@@ -124,6 +115,28 @@ impl<M: Mmio> DcDevice<M> {
                 self.records_lost(now, cut);
             }
         }
+    }
+
+    /// The log has run over, losing `lost` records since it was last cleared. `staged` of the
+    /// records in it are staged already.
+    fn count_overflow(&mut self, lost: u32, staged: u32) {
+        let more = lost.saturating_sub(self.overflow_counted);
+        if self.overflow_counted == 0 {
+            self.counters.overflows += 1;
+            // A log that has run over is full, and nothing was cleared since: so many records
+            // from here on are older than those that were lost.
+            let after = match self.log_depth {
+                0 => u32::MAX,
+                depth => depth.saturating_sub(staged),
+            };
+            self.cuts.push_back(Cut { after, lost });
+        } else if let Some(cut) = self.cuts.back_mut() {
+            cut.lost += more;
+        } else if more > 0 {
+            self.work.push_back(Work::Overflow { lost: more });
+            self.work.push_back(Work::GroupsUnseen(more));
+        }
+        self.overflow_counted = lost;
     }
 
     fn cut_where_due(&mut self, now: Instant) {
@@ -158,6 +171,31 @@ impl<M: Mmio> DcDevice<M> {
         // At least one of the lost records belongs to the open group: its end.
         self.work
             .push_back(Work::GroupsUnseen(cut.lost - u32::from(open)));
+    }
+
+    /// Finds out what lost records may have told: regions that have changed, and extents that are
+    /// gone. Lost release requests are for the fabric manager to repeat.
+    pub(super) fn catch_up(&mut self) -> Result<(), DeviceError> {
+        let before = self.regions.clone();
+        self.read_regions()?;
+        let listed = self.listed()?;
+        for region in &self.regions {
+            if !before.contains(region) {
+                let region = region.index;
+                self.events.push(DeviceEvent::RegionsUpdated { region });
+            }
+        }
+        for held in self.accepted.clone() {
+            let mut gone = vec![held.range];
+            for extent in &listed {
+                let left = gone.iter().flat_map(|range| range.subtract(&extent.range));
+                gone = left.flatten().collect();
+            }
+            for range in gone {
+                self.forced_release(&Extent { range, ..held });
+            }
+        }
+        Ok(())
     }
 
     fn act(&mut self, action: StagingAction) {

@@ -65,11 +65,14 @@ pub struct DcDevice<M> {
     staging: Staging,
     /// See [`JournalEntry`] for these.
     last_read: Vec<RecordId>,
-    overflow_seen: bool,
+    overflow_counted: u32,
     cuts: VecDeque<Cut>,
     work: VecDeque<Work>,
     answer: Option<Answer>,
     unseen_groups: u32,
+    after_truncated: bool,
+    /// Whether the device has told an answer out of order from a wrong one.
+    tells_order: bool,
     /// Whether `answer` may have reached the device.
     answer_sent: bool,
     /// Whether the journal is behind.
@@ -140,13 +143,14 @@ impl<M: Mmio> DcDevice<M> {
         self.unsaved = true;
         let entry = JournalEntry {
             last_read: self.last_read.clone(),
-            overflow_seen: self.overflow_seen,
+            overflow_counted: self.overflow_counted,
             cuts: self.cuts.clone(),
             open: self.staging.open_extents().to_vec(),
             discarding: self.staging.is_discarding(),
             work: self.work.clone(),
             answer: self.answer.clone(),
             unseen_groups: self.unseen_groups,
+            after_truncated: self.after_truncated,
         };
         self.config
             .journal
@@ -173,7 +177,10 @@ impl<M: Mmio> DcDevice<M> {
                 &Work::GroupsUnseen(groups) => {
                     self.unseen_groups = self.unseen_groups.saturating_add(groups);
                 }
-                &Work::Overflow { lost } => self.events.push(DeviceEvent::Overflow { lost }),
+                &Work::Overflow { lost } => {
+                    self.catch_up()?;
+                    self.events.push(DeviceEvent::Overflow { lost });
+                }
             }
             self.work.pop_front();
             self.unsaved = true;

@@ -58,11 +58,13 @@ impl<M: Mmio> DcDevice<M> {
             staging: Staging::new(config.staging),
             config,
             last_read: Vec::new(),
-            overflow_seen: false,
+            overflow_counted: 0,
             cuts: VecDeque::new(),
             work: VecDeque::new(),
             answer: None,
             unseen_groups: 0,
+            after_truncated: false,
+            tells_order: false,
             answer_sent: false,
             unsaved: false,
             unsettled_release: Vec::new(),
@@ -83,12 +85,13 @@ impl<M: Mmio> DcDevice<M> {
         if let Some(entry) = self.config.journal.load().map_err(DeviceError::Journal)? {
             self.staging = Staging::resume(self.config.staging, entry.open, entry.discarding, now);
             self.last_read = entry.last_read;
-            self.overflow_seen = entry.overflow_seen;
+            self.overflow_counted = entry.overflow_counted;
             self.cuts = entry.cuts;
             self.work = entry.work;
             self.answer_sent = entry.answer.is_some();
             self.answer = entry.answer;
             self.unseen_groups = entry.unseen_groups;
+            self.after_truncated = entry.after_truncated;
         }
         self.work_off()?;
         self.drain(now, true)?;

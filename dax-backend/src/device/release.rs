@@ -5,6 +5,7 @@
 use super::DcDevice;
 use crate::address::DpaRange;
 use crate::capacity::DeviceEvent;
+use crate::cmd::ReturnCode;
 use crate::cmd::dynamic_capacity::{Release, ranges_per_command};
 use crate::error::DeviceError;
 use crate::extent::Extent;
@@ -114,6 +115,10 @@ impl<M: Mmio> DcDevice<M> {
                 Err(error) => {
                     if let MailboxError::Timeout { .. } = error {
                         self.unsettled_release = ranges.to_vec();
+                    }
+                    if error.return_code() == Some(ReturnCode::InvalidPhysicalAddress) {
+                        // The device does not think that we hold this: a record is lost.
+                        self.catch_up()?;
                     }
                     return Err(error.into());
                 }

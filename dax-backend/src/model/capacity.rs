@@ -30,6 +30,8 @@ pub(super) struct Capacity {
     regions: Vec<DcRegion>,
     sharable: Vec<bool>,
     max_extents: usize,
+    /// See [`ModelConfig::qemu_quirks`](super::ModelConfig::qemu_quirks).
+    quirks: bool,
     memory: Arc<Memory>,
     pending: VecDeque<PendingGroup>,
     groups: u64,
@@ -45,12 +47,14 @@ impl Capacity {
         regions: Vec<DcRegion>,
         sharable: Vec<bool>,
         max_extents: usize,
+        quirks: bool,
         memory: Arc<Memory>,
     ) -> Self {
         Self {
             regions,
             sharable,
             max_extents,
+            quirks,
             memory,
             pending: VecDeque::new(),
             groups: 0,
@@ -78,7 +82,9 @@ impl Capacity {
     }
 
     pub(super) fn change_generation(&mut self) {
-        self.generation = self.generation.wrapping_add(1);
+        if !self.quirks {
+            self.generation = self.generation.wrapping_add(1);
+        }
     }
 
     pub(super) fn max_extents(&self) -> usize {
@@ -135,11 +141,10 @@ impl Capacity {
         &mut self,
         ranges: &[DpaRange],
         more: bool,
-        one_command: bool,
         audit: &mut Audit,
     ) -> Result<(), ReturnCode> {
         let group = self.pending.front().map(|group| group.number);
-        let result = if one_command {
+        let result = if self.quirks {
             self.answer_whole(ranges, audit)
         } else {
             self.partial.extend_from_slice(ranges);
@@ -169,7 +174,11 @@ impl Capacity {
         let extents = self.check_answer(ranges, audit)?;
         self.pending.pop_front();
         if !extents.is_empty() {
-            self.accepted.extend(extents);
+            let kept = |extent: Extent| match self.quirks {
+                true => Extent::untagged(extent.range),
+                false => extent,
+            };
+            self.accepted.extend(extents.into_iter().map(kept));
             self.change_generation();
         }
         Ok(())
@@ -200,7 +209,9 @@ impl Capacity {
             let Some(index) = group.extents.iter().position(within) else {
                 if self.pending_extents().any(within) {
                     audit.answers_out_of_order += 1;
-                    return Err(ReturnCode::InvalidInput);
+                    if !self.quirks {
+                        return Err(ReturnCode::InvalidInput);
+                    }
                 }
                 return Err(ReturnCode::InvalidPhysicalAddress);
             };

@@ -264,10 +264,7 @@ fn updated_list(input: &[u8]) -> Result<(Vec<DpaRange>, bool), ReturnCode> {
 
 fn add_response(state: &mut State, input: &[u8]) -> Output {
     let (ranges, more) = updated_list(input)?;
-    let one_command = state.config.one_command_answers;
-    state
-        .capacity
-        .answer(&ranges, more, one_command, &mut state.audit)?;
+    state.capacity.answer(&ranges, more, &mut state.audit)?;
     Ok(Vec::new())
 }
 

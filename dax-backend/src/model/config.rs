@@ -53,8 +53,11 @@ pub struct ModelConfig {
     pub doorbell_delay: Duration,
     /// Extents that the device can keep.
     pub max_extents: u32,
-    /// Whether an answer must fit one command, as on QEMU: the first command closes the group.
-    pub one_command_answers: bool,
+    /// Whether the device does as QEMU's: the first command of an answer closes the group, an
+    /// answer that is not for the oldest group is an invalid address, the generation number of
+    /// the extent list stays 0, a log that is not empty always has more records, wrong handles
+    /// are an invalid input, and tags are forgotten once an extent is accepted.
+    pub qemu_quirks: bool,
     /// How long the device is not ready after it was made.
     pub ready_after: Duration,
     /// Commands that the device does not have.
@@ -70,7 +73,7 @@ impl Default for ModelConfig {
             mailbox_payload: 2048,
             doorbell_delay: Duration::ZERO,
             max_extents: 2048,
-            one_command_answers: false,
+            qemu_quirks: false,
             ready_after: Duration::ZERO,
             without_commands: Vec::new(),
         }

@@ -2,10 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+use crate::address::{Dpa, Hpa};
 use crate::regs::capability::{COMPONENT_CACHE_MEM, ComponentArray, ComponentHeader, HDM_DECODER};
 use crate::regs::hdm_decoder::{
     BASE_HIGH, BASE_LOW, CONTROL, DECODER_LEN, DECODERS, DecoderCapability, DecoderControl,
-    GLOBAL_CONTROL, GRANULARITY, SIZE_HIGH, SIZE_LOW, SKIP_HIGH, SKIP_LOW,
+    GLOBAL_CONTROL, GRANULARITY, GlobalControl, SIZE_HIGH, SIZE_LOW, SKIP_HIGH, SKIP_LOW,
 };
 
 /// Length of the component block in bytes.
@@ -138,6 +139,30 @@ impl Decoders {
         decoder.control = value
             .with_committed(committed)
             .with_error(value.commit() && !committed);
+    }
+
+    /// The DPA that a host address is decoded to: a decoder's memory starts where the one before
+    /// ends, plus its skip. Nothing is decoded before decoding is enabled.
+    pub(super) fn decode(&self, hpa: Hpa) -> Option<Dpa> {
+        if !GlobalControl::from_bits(self.global_control).enable() {
+            return None;
+        }
+        let mut dpa = 0;
+        for decoder in self
+            .decoders
+            .iter()
+            .take_while(|decoder| decoder.control.committed())
+        {
+            dpa += joined(decoder.skip);
+            let size = joined(decoder.size);
+            if let Some(offset) = hpa.0.checked_sub(joined(decoder.base))
+                && offset < size
+            {
+                return Some(Dpa(dpa + offset));
+            }
+            dpa += size;
+        }
+        None
     }
 
     /// For tests that need static memory decoded below the DC regions, as firmware does it.

@@ -13,6 +13,8 @@ use crate::event_record::RawRecord;
 /// Records until they are cleared. What does not fit is lost, and counted.
 pub(super) struct EventLog {
     depth: usize,
+    /// See [`ModelConfig::qemu_quirks`](super::ModelConfig::qemu_quirks).
+    quirks: bool,
     records: VecDeque<RawRecord>,
     last_handle: u16,
     lost: u16,
@@ -21,9 +23,10 @@ pub(super) struct EventLog {
 }
 
 impl EventLog {
-    pub(super) fn new(depth: usize) -> Self {
+    pub(super) fn new(depth: usize, quirks: bool) -> Self {
         Self {
             depth,
+            quirks,
             records: VecDeque::new(),
             last_handle: 0,
             lost: 0,
@@ -63,7 +66,7 @@ impl EventLog {
         if self.lost > 0 {
             flags |= OVERFLOW;
         }
-        if self.records.len() > count {
+        if self.records.len() > count || self.quirks && count > 0 {
             flags |= MORE_RECORDS;
         }
         let header = EventRecordsHeader {
@@ -90,7 +93,11 @@ impl EventLog {
             .take(handles.len())
             .map(|record| record.handle.get());
         if !oldest.eq(handles.iter().copied()) {
-            return Err(ReturnCode::InvalidHandle);
+            return Err(if self.quirks {
+                ReturnCode::InvalidInput
+            } else {
+                ReturnCode::InvalidHandle
+            });
         }
         self.records.drain(..handles.len());
         (self.lost, self.first_lost, self.last_lost) = (0, 0, 0);
@@ -106,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_full_log_loses_the_newest_and_says_so_until_cleared() {
-        let mut log = EventLog::new(2);
+        let mut log = EventLog::new(2, false);
         for timestamp in 1..=4 {
             log.push(RawRecord::new_zeroed(), timestamp);
         }
@@ -121,7 +128,7 @@ mod tests {
 
     #[test]
     fn handles_are_never_zero() {
-        let mut log = EventLog::new(1);
+        let mut log = EventLog::new(1, false);
         log.last_handle = u16::MAX;
         log.push(RawRecord::new_zeroed(), 0);
         assert_eq!(log.records[0].handle.get(), 1);

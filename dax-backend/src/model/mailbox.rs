@@ -55,6 +55,10 @@ impl MailboxRegisters {
         self.control.doorbell()
     }
 
+    pub(super) fn is_hung(&self) -> bool {
+        matches!(self.running, Some(Running { done_at: None, .. }))
+    }
+
     pub(super) fn read32(&self, register: u32) -> u32 {
         match register {
             CAPABILITIES => self.capabilities.into_bits(),

@@ -30,7 +30,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::address::{Dpa, DpaRange};
+use crate::address::{Dpa, DpaRange, Hpa};
 use crate::cmd::events::EventInterruptPolicy;
 use capacity::Capacity;
 use decoders::Decoders;
@@ -108,7 +108,7 @@ impl SoftwareDevice {
         let state = State {
             ready_at: Instant::now() + config.ready_after,
             mailbox: MailboxRegisters::new(config.mailbox_payload),
-            logs: std::array::from_fn(|_| EventLog::new(depth)),
+            logs: std::array::from_fn(|_| EventLog::new(depth, config.qemu_quirks)),
             interrupts: EventInterruptPolicy {
                 informational: 0,
                 warning: 0,
@@ -120,6 +120,7 @@ impl SoftwareDevice {
                 regions,
                 sharable,
                 config.max_extents as usize,
+                config.qemu_quirks,
                 Arc::clone(&memory),
             ),
             decoders: Decoders::new(),
@@ -158,6 +159,11 @@ impl SoftwareDevice {
         self.shared.memory.span
     }
 
+    /// What a host address comes to, by the decoders as they are; `None` if it is not decoded.
+    pub fn decode(&self, hpa: Hpa) -> Option<Dpa> {
+        self.lock().decoders.decode(hpa)
+    }
+
     /// What the device has seen its host do.
     pub fn audit(&self) -> Audit {
         let state = self.lock();
@@ -178,6 +184,16 @@ impl SoftwareDevice {
     /// Makes the device misbehave; see [`Fault`].
     pub fn inject(&self, fault: Fault) {
         self.lock().faults.push(fault);
+    }
+
+    /// Forgets the faults that have not struck yet.
+    pub fn clear_faults(&self) {
+        self.lock().faults.clear();
+    }
+
+    /// Whether a command is running that only a reset ends.
+    pub fn is_hung(&self) -> bool {
+        self.lock().mailbox.is_hung()
     }
 
     /// While set, Event Status reads as 0 whatever the logs hold.

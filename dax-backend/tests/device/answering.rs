@@ -137,7 +137,7 @@ fn answering_11_neighbours_are_merged_in_releases_only() {
 #[test]
 fn answering_11_refused_continuation_keeps_what_is_listed() {
     let device = test_device(ModelConfig {
-        one_command_answers: true,
+        qemu_quirks: true,
         ..ModelConfig::default()
     });
     let mut driver = device.open();

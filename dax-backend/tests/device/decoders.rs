@@ -16,7 +16,8 @@ const WINDOW: HpaWindow = HpaWindow {
 
 #[test]
 fn first_decoder_skips_static_memory() {
-    let (_device, mut driver) = opened();
+    let (device, mut driver) = opened();
+    assert_eq!(device.model.decode(WINDOW.base), None);
     let decoded = driver.program_decoder(WINDOW).unwrap();
     assert_eq!(decoded.base, WINDOW.base);
     assert_eq!(decoded.dpa, range(512 * MIB, GIB));
@@ -25,6 +26,7 @@ fn first_decoder_skips_static_memory() {
         Some(Hpa(WINDOW.base.0 + 0x1234))
     );
     assert_eq!(decoded.hpa(Dpa(0)), None);
+    assert_eq!(device.model.decode(WINDOW.base), Some(decoded.dpa.start));
 }
 
 #[test]
@@ -54,6 +56,7 @@ fn decoder_behind_firmware_s_skips_nothing() {
         (decoded.base, decoded.dpa),
         (window.base, range(512 * MIB, GIB))
     );
+    assert_eq!(device.model.decode(window.base), Some(Dpa(512 * MIB)));
     // Again, as after a restart: what is committed is found and used.
     assert_eq!(driver.program_decoder(WINDOW).unwrap(), decoded);
 }

@@ -17,4 +17,5 @@ mod recovery;
 mod release;
 mod staging;
 mod stalls;
+mod storm;
 mod tags;

@@ -130,6 +130,22 @@ fn recovery_34_group_cleared_in_part_survives_its_driver() {
 }
 
 #[test]
+fn recovery_34_answer_that_was_given_is_struck_out() {
+    let device = test_device(ModelConfig::default());
+    let journal = SharedJournal::new();
+    let mut driver = device.open_with(journaled(&journal));
+    device.offer(&[device.blocks(0, 1)]);
+    driver.poll().unwrap();
+    // Given back, it looks like an answer that never came.
+    driver.release(&[device.blocks(0, 1)]).unwrap();
+    drop(driver);
+    let driver = device.open_with(journaled(&journal));
+    assert_eq!(driver.accepted(), []);
+    assert_eq!(device.model.audit().count(0x4802), 1);
+    device.assert_settled(&driver);
+}
+
+#[test]
 fn recovery_34_group_that_cannot_be_written_down_stays_in_the_log() {
     let device = test_device(ModelConfig::default());
     let journal = SharedJournal::new();
@@ -335,6 +351,7 @@ fn recovery_39_what_is_written_is_read_and_nothing_else_is_touched() {
     let mut written = 0;
     for extent in driver.accepted() {
         let hpa = decoded.hpa(extent.range.start).unwrap();
+        assert_eq!(device.model.decode(hpa), Some(extent.range.start));
         let at = hpa.0 - window.base.0;
         assert_eq!(at, offset(&device, extent.range));
         let pattern = vec![(at >> 21) as u8 + 1; extent.range.len as usize];

@@ -261,3 +261,24 @@ fn release_27_release_of_unknown_outcome_is_looked_up() {
         device.assert_settled(&driver);
     }
 }
+
+/// A forced release can be lost with the log, and nobody told: the device refuses what is gone.
+#[test]
+fn release_27_refused_release_is_looked_up() {
+    let (device, mut driver) = opened();
+    device.offer(&[device.blocks(0, 4)]);
+    driver.poll().unwrap();
+    device.take_away(&[device.blocks(1, 1)]);
+    let error = driver.release(&[device.blocks(0, 2)]).unwrap_err();
+    assert!(error.to_string().contains("(0x0f)"), "{error}");
+    assert_eq!(
+        ranges(driver.accepted()),
+        [device.blocks(0, 1), device.blocks(2, 2)]
+    );
+    let (range, tag) = (device.blocks(1, 1), ExtentTag::NULL);
+    assert_eq!(
+        driver.poll().unwrap(),
+        [DeviceEvent::ForcedRelease { range, tag }]
+    );
+    device.assert_settled(&driver);
+}

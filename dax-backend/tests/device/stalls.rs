@@ -7,7 +7,7 @@ use std::time::Duration;
 use dax_backend::address::DpaRange;
 use dax_backend::capacity::{CapacityDevice, DeviceEvent};
 use dax_backend::device::{DcDevice, DeviceConfig};
-use dax_backend::extent::Extent;
+use dax_backend::extent::{Extent, ExtentTag};
 use dax_backend::model::{ModelConfig, ModelRegion};
 use dax_backend::staging::{RejectReason, StagingLimits};
 
@@ -148,25 +148,135 @@ fn stalls_16_group_behind_the_loss_is_its_own_group() {
 /// A group of which no record survived is pending all the same, and in the way of the next one.
 #[test]
 fn stalls_16_group_lost_whole_is_rejected_when_the_next_is_refused() {
+    for qemu_quirks in [false, true] {
+        let device = test_device(ModelConfig {
+            event_log_depth: 8,
+            qemu_quirks,
+            ..ModelConfig::default()
+        });
+        let mut driver = device.open();
+        device.offer(&device.scattered(0, 8));
+        device.offer(&device.scattered(50, 2));
+        driver.poll().unwrap();
+        assert_eq!(
+            device.model.audit().groups_pending,
+            1,
+            "nobody told the driver"
+        );
+        let third = device.offer(&device.scattered(100, 2));
+        assert_eq!(outcome(&driver.poll().unwrap()).0, third);
+        let audit = device.model.audit();
+        assert_eq!((audit.groups_pending, audit.spurious_answers), (0, 0));
+        assert_eq!([0, 1, 2].map(|group| audit.answers_to(group)), [1, 1, 1]);
+        assert_eq!(driver.listed().unwrap(), driver.accepted());
+    }
+}
+
+/// A rejection goes to whatever group is the oldest, which may be one that was lost whole.
+#[test]
+fn stalls_16_group_lost_whole_stays_expected_over_a_rejection() {
     let device = test_device(ModelConfig {
         event_log_depth: 8,
+        qemu_quirks: true,
         ..ModelConfig::default()
     });
     let mut driver = device.open();
     device.offer(&device.scattered(0, 8));
     device.offer(&device.scattered(50, 2));
     driver.poll().unwrap();
+    device.fabric.add_unchecked(&[bad(0, BLOCK)]);
     assert_eq!(
-        device.model.audit().groups_pending,
-        1,
-        "nobody told the driver"
+        reasons(&driver.poll().unwrap()),
+        [RejectReason::OutsideRegions]
     );
-    let third = device.offer(&device.scattered(100, 2));
-    assert_eq!(outcome(&driver.poll().unwrap()).0, third);
+    let fourth = device.offer(&device.scattered(100, 2));
+    assert_eq!(outcome(&driver.poll().unwrap()).0, fourth);
     let audit = device.model.audit();
     assert_eq!((audit.groups_pending, audit.spurious_answers), (0, 0));
-    assert_eq!([0, 1, 2].map(|group| audit.answers_to(group)), [1, 1, 1]);
+}
+
+/// Records can be lost between a read of the log and its being cleared, and then no count tells.
+/// A device that says so when an answer is out of order is believed.
+#[test]
+fn stalls_16_group_lost_without_a_count_is_found_by_its_place() {
+    let device = test_device(ModelConfig {
+        event_log_depth: 8,
+        ..ModelConfig::default()
+    });
+    let (fabric, model) = (device.fabric.clone(), device.model.clone());
+    let lost = device.scattered(50, 2);
+    let mut offer_lost = Some(lost.into_iter().map(Extent::untagged).collect::<Vec<_>>());
+    let hook = Hook(move |opcode| {
+        if opcode == 0x0100
+            && let Some(extents) = offer_lost.take_if(|_| model.audit().records_in_log == 8)
+        {
+            fabric.add_unchecked(&extents);
+        }
+    });
+    let mut driver = DcDevice::open(tapped(device.mmio(), hook), config()).unwrap();
+    device.offer(&device.scattered(0, 8));
+    let events = driver.poll().unwrap();
+    assert_eq!(outcome(&events).0.len(), 8);
+    assert_eq!(driver.counters().overflows, 0);
+    assert_eq!(device.model.audit().groups_pending, 1);
+    let third = device.offer(&device.scattered(100, 2));
+    assert_eq!(outcome(&driver.poll().unwrap()).0, third);
+    assert_eq!(device.model.audit().groups_pending, 0);
+}
+
+/// A lost record need not be the end of the open group, which may come later. It is answered as
+/// the group that it seems to be, refused, and then left alone: a rejection would be one too many.
+#[test]
+fn stalls_16_late_end_of_a_truncated_group_is_not_rejected() {
+    let device = test_device(ModelConfig {
+        event_log_depth: 8,
+        ..ModelConfig::default()
+    });
+    let mut driver = device.open();
+    device.offer(&[device.blocks(100, 1)]);
+    driver.poll().unwrap();
+    device.offer(&device.scattered(0, 7));
+    let mut offer = device.offer_slowly(&device.scattered(50, 2));
+    offer.write(1);
+    device.ask_back(&[device.blocks(100, 1)]);
+    let events = driver.poll().unwrap();
+    assert!(events.contains(&DeviceEvent::Overflow { lost: 1 }));
+    offer.write(1);
+    let events = driver.poll().unwrap();
+    let code = 0x0f;
+    assert_eq!(reasons(&events), [RejectReason::DeviceRefused { code }]);
+    let answers = device.model.audit().answers;
+    assert!(
+        answers.iter().all(|answer| answer.ranges > 0),
+        "{answers:?}"
+    );
+    let offered = device.offer(&[device.blocks(200, 1)]);
+    assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
     assert_eq!(driver.listed().unwrap(), driver.accepted());
+}
+
+/// What the lost records told is found out in other ways.
+#[test]
+fn stalls_16_forced_release_and_region_update_are_noticed_without_their_records() {
+    let device = test_device(ModelConfig {
+        event_log_depth: 8,
+        dc_regions: vec![ModelRegion::of(256 * MIB); 2],
+        ..ModelConfig::default()
+    });
+    let mut driver = device.open();
+    device.offer(&[device.blocks(100, 4)]);
+    driver.poll().unwrap();
+    device.offer(&device.scattered(0, 8));
+    device.take_away(&[device.blocks(101, 2)]);
+    device.fabric.update_region(1, 4 * MIB).unwrap();
+    let events = driver.poll().unwrap();
+    assert!(events.contains(&DeviceEvent::Overflow { lost: 2 }));
+    assert!(events.contains(&DeviceEvent::RegionsUpdated { region: 1 }));
+    let (range, tag) = (device.blocks(101, 2), ExtentTag::NULL);
+    assert!(events.contains(&DeviceEvent::ForcedRelease { range, tag }));
+    assert_eq!(driver.block_size(), 4 * MIB);
+    assert_eq!(driver.counters().bytes_forced, 2 * BLOCK);
+    device.assert_settled(&driver);
 }
 
 #[test]
