@@ -66,22 +66,27 @@ pub(crate) fn parse_target(text: &str) -> Result<ReleaseTarget, String> {
     }))
 }
 
-/// Bytes for people: the largest unit that leaves at most one decimal.
+/// Bytes for people: exact in up to four digits of a unit, or else with one
+/// decimal of the largest unit.
 pub(crate) struct Bytes(pub(crate) u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
-        let Some((shift, unit)) = units.into_iter().find(|(shift, _)| self.0 >> shift > 0) else {
-            return f.pad(&format!("{}B", self.0));
+        let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K"), (0, "B")];
+        let exact = units.into_iter().find(|(shift, _)| {
+            let whole = self.0 >> shift;
+            (1..10_000).contains(&whole) && whole << shift == self.0
+        });
+        if let Some((shift, unit)) = exact {
+            return f.pad(&format!("{}{unit}", self.0 >> shift));
+        }
+        let largest = units.into_iter().find(|(shift, _)| self.0 >> shift > 0);
+        let Some((shift, unit)) = largest else {
+            return f.pad("0B");
         };
         let whole = self.0 >> shift;
-        let tenths = ((self.0 - (whole << shift)) * 10) >> shift;
-        if tenths == 0 {
-            f.pad(&format!("{whole}{unit}"))
-        } else {
-            f.pad(&format!("{whole}.{tenths}{unit}"))
-        }
+        let tenths = (u128::from(self.0 - (whole << shift)) * 10) >> shift;
+        f.pad(&format!("{whole}.{tenths}{unit}"))
     }
 }
 
@@ -148,8 +153,10 @@ mod tests {
             (0, "0B"),
             (1023, "1023B"),
             (1 << 20, "1M"),
-            ((3 << 30) / 2, "1.5G"),
+            ((3 << 30) / 2, "1536M"),
+            ((3 << 40) + 4096, "3.0T"),
             ((1 << 30) - 1, "1023.9M"),
+            (u64::MAX, "16777215.9T"),
         ] {
             assert_eq!(Bytes(bytes).to_string(), text);
         }

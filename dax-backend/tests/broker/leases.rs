@@ -8,7 +8,7 @@ use dax_backend::broker::client_page::PAGE_SIZE;
 use dax_backend::broker::protocol::MAX_RANGES;
 use dax_backend::broker::{FromBroker, GRANULE, WindowRange};
 
-use crate::process::{Forked, lease_and_scribble};
+use crate::process::{Forked, LIFETIME, lease_and_scribble};
 use crate::rig::{Rig, is_zero, scribble, total};
 
 #[test]
@@ -138,9 +138,12 @@ fn a_child_that_still_maps_the_page_keeps_its_dead_parents_lease() {
             libc::fork()
         };
         if child == 0 {
-            loop {
-                // SAFETY: waits for a signal.
-                unsafe { libc::pause() };
+            // SAFETY: waits for a signal, which comes even if the test fails.
+            unsafe {
+                libc::alarm(LIFETIME);
+                loop {
+                    libc::pause();
+                }
             }
         }
         let sent = rustix::io::write(&pid_sender, &child.to_ne_bytes());

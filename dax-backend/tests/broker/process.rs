@@ -11,6 +11,9 @@ use dax_backend::broker::{BrokerClient, FromBroker, GRANULE, Welcome};
 
 use crate::rig::{PATIENCE, map_window, scribble};
 
+/// Seconds after which a child that a failed test forgot ends itself.
+pub(crate) const LIFETIME: u32 = 60;
+
 /// A forked child; killed and reaped when dropped.
 pub(crate) struct Forked {
     pub(crate) pid: i32,
@@ -30,6 +33,7 @@ impl Forked {
             let answer = [body()];
             // SAFETY: as above.
             unsafe {
+                libc::alarm(LIFETIME);
                 libc::write(input.as_raw_fd(), answer.as_ptr().cast(), 1);
                 loop {
                     libc::pause();
