@@ -2,6 +2,8 @@
 //!
 //! Exit code: 0 within the limits, 1 over one of them, 2 usage.
 
+#![forbid(unsafe_code)]
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
