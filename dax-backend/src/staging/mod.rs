@@ -3,7 +3,7 @@
 //! Extents chained by the More flag of their records are one group, and a host gets one chance
 //! to answer a group: accepting the first extent alone rejects the rest. So nothing is answered,
 //! and no memory used, before the record without More has come. This module decides when a group
-//! is complete; [`verdict`] decides what to take of it. Neither does any I/O or looks at a clock.
+//! is complete; [`judge`] decides what to take of it. Neither does any I/O or looks at a clock.
 
 #![forbid(unsafe_code)]
 

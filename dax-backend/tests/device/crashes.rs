@@ -5,7 +5,7 @@ use std::time::Duration;
 use dax_backend::capacity::CapacityDevice;
 use dax_backend::device::{DcDevice, DeviceConfig};
 use dax_backend::mailbox::MailboxConfig;
-use dax_backend::model::ModelConfig;
+use dax_backend::model::{AnswerAudit, Fault, FaultKind, ModelConfig};
 use dax_backend::staging::Preparation;
 
 use crate::bench::{Choose, Driver, TestDevice, sorted, test_device};
@@ -123,6 +123,38 @@ fn answering_14_crash_of_the_next_driver_too_answers_each_group_once() {
             }
         }
         if first_ends {
+            return;
+        }
+    }
+}
+
+/// An answer said to be out of order has the oldest group rejected, which here is the group
+/// itself. A driver that dies over that must not have the next one reject it again.
+#[test]
+fn answering_14_crash_over_an_answer_out_of_order_rejects_nothing_twice() {
+    for steps in 0.. {
+        let device = test_device(ModelConfig::default());
+        let journal = SharedJournal::new();
+        device.offer(&device.scattered(0, 2));
+        device
+            .model
+            .inject(Fault::on(0x4802, FaultKind::ReturnCode(0x02)));
+        let crash = Crash::after(steps);
+        live(&device, &journal, &crash);
+        let mut driver = open(&device, &journal, &Crash::after(i64::MAX)).expect("it opens");
+        for start in [20, 30] {
+            device.offer(&[device.blocks(start, 1)]);
+            driver.poll().unwrap();
+        }
+        let audit = device.model.audit();
+        let rejects_nothing = |answer: &AnswerAudit| answer.group.is_none() && answer.ranges == 0;
+        assert!(
+            !audit.answers.iter().any(rejects_nothing),
+            "crash after {steps} steps: {:#?}",
+            audit.answers
+        );
+        assert_eq!(audit.groups_pending, 0, "crash after {steps} steps");
+        if !crash.happened() {
             return;
         }
     }

@@ -8,13 +8,25 @@ use dax_backend::address::DpaRange;
 use dax_backend::capacity::{CapacityDevice, DeviceEvent};
 use dax_backend::device::{DcDevice, DeviceConfig};
 use dax_backend::extent::{Extent, ExtentTag};
-use dax_backend::model::{ModelConfig, ModelRegion};
+use dax_backend::model::{Fault, FaultKind, ModelConfig, ModelRegion};
 use dax_backend::staging::{RejectReason, StagingLimits};
 
-use crate::bench::{BLOCK, MIB, config, opened, outcome, range, ranges, reasons, test_device};
+use crate::bench::{
+    BLOCK, Driver, MIB, TestDevice, config, opened, outcome, range, ranges, reasons, test_device,
+};
 use crate::wire::{Hook, tapped};
 
 const TIMEOUT: Duration = Duration::from_millis(20);
+
+/// A device whose event log holds 8 records.
+fn shallow(qemu_quirks: bool, mailbox_payload: u32) -> TestDevice {
+    test_device(ModelConfig {
+        event_log_depth: 8,
+        qemu_quirks,
+        mailbox_payload,
+        ..ModelConfig::default()
+    })
+}
 
 fn impatient() -> DeviceConfig {
     let staging = StagingLimits {
@@ -88,10 +100,7 @@ fn stalls_15_end_that_waited_in_the_log_counts() {
 
 #[test]
 fn stalls_16_overflow_ends_the_group_with_what_came() {
-    let device = test_device(ModelConfig {
-        event_log_depth: 8,
-        ..ModelConfig::default()
-    });
+    let device = shallow(false, 2048);
     let mut driver = device.open();
     let first = device.offer(&device.scattered(0, 12));
     let events = driver.poll().unwrap();
@@ -149,11 +158,7 @@ fn stalls_16_group_behind_the_loss_is_its_own_group() {
 #[test]
 fn stalls_16_group_lost_whole_is_rejected_when_the_next_is_refused() {
     for qemu_quirks in [false, true] {
-        let device = test_device(ModelConfig {
-            event_log_depth: 8,
-            qemu_quirks,
-            ..ModelConfig::default()
-        });
+        let device = shallow(qemu_quirks, 2048);
         let mut driver = device.open();
         device.offer(&device.scattered(0, 8));
         device.offer(&device.scattered(50, 2));
@@ -175,11 +180,7 @@ fn stalls_16_group_lost_whole_is_rejected_when_the_next_is_refused() {
 /// A rejection goes to whatever group is the oldest, which may be one that was lost whole.
 #[test]
 fn stalls_16_group_lost_whole_stays_expected_over_a_rejection() {
-    let device = test_device(ModelConfig {
-        event_log_depth: 8,
-        qemu_quirks: true,
-        ..ModelConfig::default()
-    });
+    let device = shallow(true, 2048);
     let mut driver = device.open();
     device.offer(&device.scattered(0, 8));
     device.offer(&device.scattered(50, 2));
@@ -196,13 +197,8 @@ fn stalls_16_group_lost_whole_stays_expected_over_a_rejection() {
 }
 
 /// Records can be lost between a read of the log and its being cleared, and then no count tells.
-/// A device that says so when an answer is out of order is believed.
-#[test]
-fn stalls_16_group_lost_without_a_count_is_found_by_its_place() {
-    let device = test_device(ModelConfig {
-        event_log_depth: 8,
-        ..ModelConfig::default()
-    });
+/// Offers the second of two groups in that moment and returns the driver.
+fn lose_uncounted(device: &TestDevice) -> Driver {
     let (fabric, model) = (device.fabric.clone(), device.model.clone());
     let lost = device.scattered(50, 2);
     let mut offer_lost = Some(lost.into_iter().map(Extent::untagged).collect::<Vec<_>>());
@@ -215,23 +211,64 @@ fn stalls_16_group_lost_without_a_count_is_found_by_its_place() {
     });
     let mut driver = DcDevice::open(tapped(device.mmio(), hook), config()).unwrap();
     device.offer(&device.scattered(0, 8));
-    let events = driver.poll().unwrap();
-    assert_eq!(outcome(&events).0.len(), 8);
+    assert_eq!(outcome(&driver.poll().unwrap()).0.len(), 8);
     assert_eq!(driver.counters().overflows, 0);
     assert_eq!(device.model.audit().groups_pending, 1);
+    driver
+}
+
+/// A device that says so when an answer is out of order is believed.
+#[test]
+fn stalls_16_group_lost_without_a_count_is_found_by_its_place() {
+    let device = shallow(false, 2048);
+    let mut driver = lose_uncounted(&device);
     let third = device.offer(&device.scattered(100, 2));
     assert_eq!(outcome(&driver.poll().unwrap()).0, third);
     assert_eq!(device.model.audit().groups_pending, 0);
+}
+
+/// On a device that does not say so, the group behind it is rejected, and then all is well again.
+#[test]
+fn stalls_16_group_lost_without_a_count_costs_no_more_than_the_next() {
+    let device = shallow(true, 2048);
+    let mut driver = lose_uncounted(&device);
+    device.offer(&device.scattered(100, 2));
+    let code = 0x0f;
+    let refused = [RejectReason::DeviceRefused { code }; 2];
+    assert_eq!(reasons(&driver.poll().unwrap()), refused);
+    let fourth = device.offer(&device.scattered(110, 2));
+    assert_eq!(outcome(&driver.poll().unwrap()).0, fourth);
+    let audit = device.model.audit();
+    assert_eq!((audit.groups_pending, audit.spurious_answers), (0, 0));
+}
+
+/// The count grows for as long as the log is not cleared.
+#[test]
+fn stalls_16_losses_after_a_refused_clear_are_counted() {
+    // All of the log in one read, and three records in one.
+    for payload in [2048, 512] {
+        let device = shallow(true, payload);
+        let mut driver = device.open();
+        device.offer(&device.scattered(0, 8));
+        device.offer(&[device.blocks(50, 1)]);
+        device
+            .model
+            .inject(Fault::on(0x0101, FaultKind::ReturnCode(0x04)));
+        assert!(driver.poll().is_err());
+        device.offer(&[device.blocks(60, 1)]);
+        driver.poll().unwrap();
+        let fourth = device.offer(&device.scattered(100, 2));
+        assert_eq!(outcome(&driver.poll().unwrap()).0, fourth);
+        let audit = device.model.audit();
+        assert_eq!((audit.groups_pending, audit.spurious_answers), (0, 0));
+    }
 }
 
 /// A lost record need not be the end of the open group, which may come later. It is answered as
 /// the group that it seems to be, refused, and then left alone: a rejection would be one too many.
 #[test]
 fn stalls_16_late_end_of_a_truncated_group_is_not_rejected() {
-    let device = test_device(ModelConfig {
-        event_log_depth: 8,
-        ..ModelConfig::default()
-    });
+    let device = shallow(false, 2048);
     let mut driver = device.open();
     device.offer(&[device.blocks(100, 1)]);
     driver.poll().unwrap();
