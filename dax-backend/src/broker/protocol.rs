@@ -392,4 +392,28 @@ mod tests {
             assert_eq!(Message::parse(&bytes).unwrap().version(), 77);
         }
     }
+
+    proptest::proptest! {
+        /// Whatever 512 bytes come, reading them is an error or a message that
+        /// can be asked for anything.
+        #[test]
+        fn no_bytes_are_too_strange(
+            mut bytes in proptest::collection::vec(proptest::num::u8::ANY, MESSAGE_SIZE),
+            valid_head in proptest::bool::ANY,
+        ) {
+            if valid_head {
+                bytes[..8].copy_from_slice(&Message::new(Kind::Return).bytes()[..8]);
+                bytes[48..52].copy_from_slice(&28u32.to_le_bytes());
+            }
+            if let Ok(message) = Message::parse(&bytes) {
+                proptest::prop_assert!(message.kind().is_some());
+                let ranges = message.ranges();
+                proptest::prop_assert!(ranges.as_slice().len() <= MAX_RANGES);
+                proptest::prop_assert!(ranges.as_slice().iter().all(|r| r.end() >= r.offset));
+                let _ = ranges.bytes();
+            } else {
+                proptest::prop_assert!(!valid_head);
+            }
+        }
+    }
 }

@@ -54,7 +54,7 @@ impl Broker {
         }
         for client in self.clients.values() {
             let pid = Some(client.peer.pid);
-            explain(client.leased, RefusalReason::Live, pid, None);
+            explain(client.leased, RefusalReason::Deadline, pid, None);
         }
         explain(u64::MAX, RefusalReason::NotAccepted, None, None);
         refused
@@ -89,7 +89,7 @@ impl Broker {
                     .is_some_and(|c| c.connection.is_some());
                 let said = recall.declined.iter().filter(|d| d.client == client);
                 let reason = reason_for(said, leased).unwrap_or(if connected {
-                    RefusalReason::Live
+                    RefusalReason::Deadline
                 } else {
                     RefusalReason::Unreachable
                 });

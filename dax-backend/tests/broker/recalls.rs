@@ -381,3 +381,23 @@ fn ranges_that_make_no_sense_are_refused_before_anything_happens() {
     }
     assert_eq!(rig.status().capacity.accepted, 4 * GRANULE);
 }
+
+#[test]
+fn without_time_only_what_is_free_goes_back() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    client.lease(6);
+    for target in [
+        ReleaseTarget::Bytes(4 * GRANULE),
+        ReleaseTarget::Range(rig.range(0, 2)),
+    ] {
+        let receipt = rig.release(target, 0);
+        assert_eq!(receipt.returned + receipt.refused_bytes(), receipt.asked);
+        assert_eq!(receipt.refused[0].reason, RefusalReason::Deadline);
+        assert_eq!(receipt.refused[0].pid, Some(std::process::id()));
+    }
+    // Nobody was bothered, nothing stays marked.
+    assert_eq!(client.broker.recv(Some(Duration::ZERO)), Ok(None));
+    let capacity = rig.status().capacity;
+    assert_eq!((capacity.accepted, capacity.outgoing), (6 * GRANULE, 0));
+}
