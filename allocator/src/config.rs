@@ -55,6 +55,12 @@ pub const KEYS: &[Key] = &[
         "DRAM that live data may be moved to under pressure",
     ),
     key(
+        "promote",
+        "BYTES",
+        "512M",
+        "how much may move back to extents per second when there are some again",
+    ),
+    key(
         "decay",
         "MS",
         "250",
@@ -83,6 +89,8 @@ pub struct Config {
     pub on_exhausted: OnExhausted,
     /// Bytes of DRAM that granules may be moved to; `u64::MAX`: no limit.
     pub dram_limit: u64,
+    /// Bytes per second that may be moved back to extents; 0: none.
+    pub promote: u64,
     /// Milliseconds for which freed pages of extents stay with the engine.
     pub decay_ms: u32,
     /// Milliseconds for which an unused granule is kept.
@@ -97,6 +105,7 @@ impl Config {
         placement: Placement::Size(Placement::DEFAULT_THRESHOLD),
         on_exhausted: OnExhausted::Dram,
         dram_limit: u64::MAX,
+        promote: 512 << 20,
         decay_ms: 250,
         return_after_ms: 500,
         verbose: false,
@@ -126,6 +135,7 @@ impl Config {
             "on_exhausted" => self.on_exhausted = on_exhausted(value).ok_or(bad(key.values))?,
             "dram_limit" if value == "none" => self.dram_limit = u64::MAX,
             "dram_limit" => self.dram_limit = parse_size(value).ok_or(bad(key.values))? as u64,
+            "promote" => self.promote = parse_size(value).ok_or(bad(key.values))? as u64,
             "decay" => self.decay_ms = value.parse().map_err(|_| bad(key.values))?,
             "return_after" => self.return_after_ms = value.parse().map_err(|_| bad(key.values))?,
             _ => self.verbose = value.parse().map_err(|_| bad(key.values))?,

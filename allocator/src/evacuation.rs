@@ -8,13 +8,9 @@ use std::time::Instant;
 
 use crate::heap::Heap;
 use crate::source::{ExtentSource, Recall, Refusal};
-use crate::space::rebind::{Monitor, Mover, RebindError};
+use crate::space::rebind::{Monitor, Mover, RebindError, Taken};
 use crate::space::{GRANULE, Leaving, Move};
 use crate::stats::Stalls;
-
-/// Granules that come back per tick of the worker: 320 MiB a second at most,
-/// a fraction of what one core copies.
-pub(crate) const BACK_PER_TICK: usize = 8;
 
 /// The monitor thread's part, which outlives everything.
 static MONITOR: Monitor = Monitor::new();
@@ -108,9 +104,9 @@ impl Evacuator {
     /// Moves some granules that are in DRAM for want of extents to unused
     /// ones; how many.
     pub(crate) fn bring_back(&mut self, heap: &Heap, source: &dyn ExtentSource) -> usize {
-        let mut moved = 0;
-        while moved < BACK_PER_TICK
-            && let Some(picked) = heap.space().pick_returning(BACK_PER_TICK - moved)
+        let (mut moved, most) = (0, heap.back_per_tick());
+        while moved < most
+            && let Some(picked) = heap.space().pick_returning(most - moved)
         {
             moved += picked.granules();
             if self.carry_out(heap, source, picked).is_err() {
@@ -141,9 +137,9 @@ impl Evacuator {
             Err(RebindError::Partly { stayed, .. }) => (stayed, Some(Refusal::NoDram)),
             Err(RebindError::NoMemory(_)) => (all, Some(Refusal::NoDram)),
             Err(RebindError::Changed { .. }) => (all, Some(Refusal::MappingChanged)),
-            Err(RebindError::Stuck { taken, .. }) => {
-                let stuck = self.insist(taken);
-                (stuck, Some(Refusal::NoDram))
+            Err(RebindError::Stuck { taken, moved, .. }) => {
+                self.insist(taken);
+                (all & !moved, Some(Refusal::NoDram))
             }
             Err(_) => (all, Some(Refusal::CannotMove)),
         };
@@ -155,17 +151,15 @@ impl Evacuator {
         refusal.map_or(Ok(ended.freed.bytes()), Err)
     }
 
-    /// The kernel has memory for neither mapping: threads wait until it has.
-    /// Which granules of the run have their old backing again.
-    fn insist(&mut self, taken: crate::space::rebind::Taken) -> u32 {
-        let stayed = taken.waiting();
-        let mut taken = taken;
+    /// The kernel has memory for neither mapping: threads wait until it has
+    /// some for the old one.
+    fn insist(&mut self, mut taken: Taken) {
         loop {
             std::thread::sleep(Duration::from_millis(10));
             // SAFETY: as when they were taken; nobody wrote to the old backing.
             match unsafe { self.mover.put_back(taken) } {
                 Err(RebindError::Stuck { taken: rest, .. }) => taken = rest,
-                _ => return stayed,
+                _ => return,
             }
         }
     }

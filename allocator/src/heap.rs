@@ -300,17 +300,21 @@ impl Heap {
         while self.space.has_room_for(granules) {
             let left = deadline.saturating_duration_since(Instant::now());
             let more = self.wait_for_extents(granules, left);
-            let ptr = if more {
-                engine::lent_only(&attempt)
-            } else {
-                attempt()
-            };
-            let waits = matches!(policy, OnExhausted::Wait(_));
-            if !ptr.is_null() || left.is_zero() || !(more || waits) {
+            let ptr = engine::lent_only(&attempt);
+            if !ptr.is_null() {
                 return ptr;
             }
+            let taken = self.space.idle_granules() < granules;
+            let waits = matches!(policy, OnExhausted::Wait(_));
+            // Where enough is left it is not for want of extents that it failed.
+            if left.is_zero() || !taken || !(more || waits) {
+                break;
+            }
         }
-        core::ptr::null_mut()
+        match policy {
+            OnExhausted::Dram => attempt(),
+            _ => core::ptr::null_mut(),
+        }
     }
 
     /// Waits until `granules` are unused. `false`: there are no more for now
@@ -391,6 +395,12 @@ impl Heap {
         self.config()
             .dram_limit
             .saturating_sub(self.space.usage().dram_held)
+    }
+
+    /// Granules that may come back to extents in one tick of the worker.
+    pub(crate) fn back_per_tick(&self) -> usize {
+        let ticks = 1000 / crate::service::TICK.as_millis() as u64;
+        (self.config().promote / ticks).div_ceil(GRANULE as u64) as usize
     }
 
     pub(crate) fn note_evacuated(&self, granules: usize) {

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use std::time::Instant;
 
 use crate::engine;
-use crate::evacuation::{BACK_PER_TICK, Evacuated, Evacuator};
+use crate::evacuation::{Evacuated, Evacuator};
 use crate::heap::Heap;
 use crate::source::{Event, ExtentSource, Ranges, Recall, RecallOutcome, Refusal};
 use crate::space::GRANULE;
@@ -20,10 +20,11 @@ use crate::stats::{Stalls, Stats};
 use crate::sync::{Lock, Signal};
 
 /// The clock of a busy heap, and of one in which nothing changes.
-const TICK: Duration = Duration::from_millis(50);
+pub(crate) const TICK: Duration = Duration::from_millis(50);
 const TICK_QUIET: Duration = Duration::from_millis(500);
-/// For so many ticks after a recall the reserve is not filled up again: what
-/// was just given back is not asked for in the same breath.
+/// For so many ticks after a recall the reserve is not filled up again, unless
+/// the source says that it has more: what was just given back is not asked for
+/// in the same breath.
 const RESTRAINT: u32 = 20;
 /// Recalls that wait for the worker; a broker sends one at a time.
 const RECALLS: usize = 8;
@@ -48,6 +49,8 @@ pub(crate) struct Service {
     adopted: Signal,
     /// Granules that waiting threads lack.
     demand: AtomicUsize,
+    /// The source has said that it has capacity again.
+    plenty: AtomicBool,
     /// A request is on its way to the source.
     asked: AtomicBool,
     recalls: Lock<[Option<Recall>; RECALLS]>,
@@ -80,6 +83,7 @@ impl Service {
             source: Lock::new(None),
             adopted: Signal::new(),
             demand: AtomicUsize::new(0),
+            plenty: AtomicBool::new(false),
             asked: AtomicBool::new(false),
             recalls: Lock::new([None; RECALLS]),
             trim: AtomicBool::new(false),
@@ -351,7 +355,7 @@ impl Service {
         let demand = self.demand.swap(0, Ordering::AcqRel);
         let short = demand.saturating_sub(heap.space().idle_granules());
         let reserve = reserve && !heap.space().is_exhausted();
-        let displaced = heap.space().displaced().min(BACK_PER_TICK);
+        let displaced = heap.space().displaced().min(heap.back_per_tick());
         let ask = short
             + if reserve {
                 heap.space().short_of().max(displaced)
@@ -430,6 +434,9 @@ extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
         if service.trimmed(heap, source) {
             restraint = RESTRAINT;
         }
+        if service.plenty.swap(false, Ordering::AcqRel) {
+            restraint = 0;
+        }
         service.ask(heap, source, restraint == 0);
         restraint = restraint.saturating_sub(1);
         while let Some(recall) = service.take_recall() {
@@ -485,6 +492,7 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
                 heap.lent().raise();
             }
             Event::CapacityAvailable => {
+                service.plenty.store(true, Ordering::Release);
                 heap.space().set_exhausted(false);
                 heap.lent().raise();
                 heap.wanted().raise();

@@ -96,11 +96,8 @@ fn life_of_a_heap() {
     for size in [64, 4096, 5 * MIB] {
         let block = HEAP.allocate(size, 16, true);
         // SAFETY: a new block of `size` bytes.
-        assert!(
-            unsafe { std::slice::from_raw_parts(block, size) }
-                .iter()
-                .all(|byte| *byte == 0)
-        );
+        let bytes = unsafe { std::slice::from_raw_parts(block, size) };
+        assert!(bytes.iter().all(|byte| *byte == 0));
         // SAFETY: live, and not used again.
         unsafe { allocator::engine::free(block) };
     }

@@ -261,19 +261,13 @@ impl State {
         }
         self.usage.note_peaks();
         self.set_gap(index);
-        match other {
-            // An extent that was meant for it, and is unused still.
-            Backing::Extent(offset) if !moved => {
-                self.pool.put(offset);
-                self.usage.idle += whole;
-                None
-            }
-            Backing::Extent(offset) => {
-                self.usage.extent_held -= whole;
-                Some(offset)
-            }
-            _ => None,
-        }
+        // The one that it left, or the one it was meant for: that may hold
+        // copied bytes, and only its lender makes it zeroes again.
+        let Backing::Extent(offset) = other else {
+            return None;
+        };
+        self.usage.extent_held -= whole;
+        Some(offset)
     }
 
     /// What `free_within` puts off while a granule is in flight.
