@@ -9,6 +9,8 @@ use dax_backend::broker::status::{ProcessReport, RunReport, Status};
 
 use crate::size::Bytes;
 
+/// Processes listed one by one, the largest first.
+const PROCESSES: usize = 12;
 /// Width of an extent's bar.
 const BAR: u64 = 32;
 
@@ -202,7 +204,9 @@ pub(crate) fn added(added: &Added) -> String {
 }
 
 fn processes(out: &mut String, processes: &[ProcessReport]) {
-    for process in processes {
+    let mut largest: Vec<&ProcessReport> = processes.iter().collect();
+    largest.sort_by_key(|process| std::cmp::Reverse(process.leased_peak));
+    for process in largest.iter().take(PROCESSES) {
         let stats = &process.stats;
         line!(
             out,
@@ -216,6 +220,13 @@ fn processes(out: &mut String, processes: &[ProcessReport]) {
             Bytes(stats.dram_live_bytes),
             Bytes(stats.dram_live_peak)
         );
+    }
+    if let Some(more) = processes
+        .len()
+        .checked_sub(PROCESSES)
+        .filter(|more| *more > 0)
+    {
+        line!(out, "          and {more} smaller ones");
     }
 }
 

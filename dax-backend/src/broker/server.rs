@@ -29,6 +29,8 @@ use crate::orchestrator::Orchestrator;
 const WIPE_BUDGET: Duration = Duration::from_millis(2);
 /// How long a connection may take to say hello.
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
+/// At least so often what has no time of its own is looked at.
+const HOUSEKEEPING: Duration = Duration::from_millis(250);
 /// How long nobody is accepted after descriptors ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long the device is polled quickly after something happened.
@@ -250,7 +252,7 @@ impl Broker {
         if self.table.next_dirty().is_some() {
             return now;
         }
-        let mut wake = self.next_poll;
+        let mut wake = self.next_poll.min(now + HOUSEKEEPING);
         wake = wake.min(self.recalls.deadline().unwrap_or(wake));
         for client in self.clients.values() {
             wake = wake.min(client.probe_due().unwrap_or(wake));

@@ -274,8 +274,10 @@ impl Broker {
         client.leased += bytes;
         client.leased_peak = client.leased_peak.max(client.leased);
         self.counters.granted_bytes += bytes;
-        self.counters.exhausted += u64::from(exhausted);
         let connection = client.connection;
+        if exhausted {
+            self.ran_short();
+        }
         let mut chunks: Vec<&[WindowRange]> = granted.chunks(MAX_RANGES).collect();
         if chunks.is_empty() && last {
             chunks.push(&[]);
@@ -294,6 +296,12 @@ impl Broker {
             self.post(connection, message);
         }
         last
+    }
+
+    /// A request could not be filled. This is where a capacity policy would ask
+    /// the orchestrator; until there is one, the operator sees the count.
+    fn ran_short(&mut self) {
+        self.counters.exhausted += 1;
     }
 
     fn announce_capacity(&mut self) {

@@ -120,7 +120,7 @@ fn who_does_not_answer_by_the_deadline_is_named() {
     let started = Instant::now();
     let receipt = rig.release(ReleaseTarget::Bytes(4 * GRANULE), 200);
     let took = started.elapsed();
-    assert!((200..600).contains(&took.as_millis()), "{took:?}");
+    assert!((200..1500).contains(&took.as_millis()), "{took:?}");
     assert_eq!(receipt.returned, 0);
     assert_eq!(receipt.refused.len(), 1);
     assert_eq!(receipt.refused[0].reason, RefusalReason::Deadline);

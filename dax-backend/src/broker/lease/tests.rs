@@ -71,10 +71,14 @@ fn huge_pages_outlive_a_lease() {
     assert_eq!(table.next_dirty(), Some((range_of(1, 1), true)));
     table.zeroed(range_of(1, 2));
     assert_eq!((table.counts().warm, table.counts().clean), (1, 2));
-    // What is leased meanwhile is not called warm.
+    // What is leased meanwhile is not called warm, nor what is dirty clean.
     table.grant(B, GRANULE);
     table.warmed(GRANULE);
     assert_eq!(table.counts().warm, 0);
+    table.grant(B, 2 * GRANULE);
+    table.end(B);
+    table.warmed(0);
+    assert_eq!(table.counts().dirty, 3);
 }
 
 #[test]
