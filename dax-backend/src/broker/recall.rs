@@ -317,6 +317,10 @@ impl Broker {
             if refused > 0 || purged.saturating_add(rebound) == 0 {
                 recall.spent.insert(client);
             }
+            // What it moved to DRAM is to come back when there is capacity.
+            if let Some(client) = self.clients.get_mut(&client) {
+                client.starving |= rebound > 0;
+            }
             if refused > 0 {
                 recall.declined.push(Declined {
                     client,
