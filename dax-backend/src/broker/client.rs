@@ -25,8 +25,10 @@ use super::protocol::{
 };
 use super::socket::{Descriptors, SocketError, readable, receive_message, send_message};
 
-/// How long a broker may take to welcome a client, and to make room for a message.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a broker may take to welcome a client, and to make room for a
+/// message: it may be waiting for its device, which has 2 s for a command
+/// (CXL r3.1 8.2.8.4, mailbox command time-out).
+const PATIENCE: Duration = Duration::from_secs(4);
 
 /// Why there is no connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -52,7 +54,7 @@ pub enum ConnectError {
         /// The broker's protocol version.
         broker_version: u16,
     },
-    /// Connected, but the broker did not answer in two seconds.
+    /// Connected, but the broker did not answer in four seconds.
     #[error("the broker does not answer")]
     Silent,
     /// The welcome lacks descriptors or has impossible values.
