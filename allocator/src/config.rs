@@ -55,6 +55,12 @@ pub const KEYS: &[Key] = &[
         "DRAM that live data may be moved to under pressure",
     ),
     key(
+        "io_dram",
+        "true | false",
+        "true",
+        "whether blocks of 4 KiB and more aligned to 512 and more, as for direct I/O, go to DRAM",
+    ),
+    key(
         "promote",
         "BYTES",
         "512M",
@@ -89,6 +95,8 @@ pub struct Config {
     pub on_exhausted: OnExhausted,
     /// Bytes of DRAM that granules may be moved to; `u64::MAX`: no limit.
     pub dram_limit: u64,
+    /// Whether what looks like a buffer for direct I/O goes to DRAM.
+    pub io_dram: bool,
     /// Bytes per second that may be moved back to extents; 0: none.
     pub promote: u64,
     /// Milliseconds for which freed pages of extents stay with the engine.
@@ -105,6 +113,7 @@ impl Config {
         placement: Placement::Size(Placement::DEFAULT_THRESHOLD),
         on_exhausted: OnExhausted::Dram,
         dram_limit: u64::MAX,
+        io_dram: true,
         promote: 512 << 20,
         decay_ms: 250,
         return_after_ms: 500,
@@ -135,6 +144,7 @@ impl Config {
             "on_exhausted" => self.on_exhausted = on_exhausted(value).ok_or(bad(key.values))?,
             "dram_limit" if value == "none" => self.dram_limit = u64::MAX,
             "dram_limit" => self.dram_limit = parse_size(value).ok_or(bad(key.values))? as u64,
+            "io_dram" => self.io_dram = value.parse().map_err(|_| bad(key.values))?,
             "promote" => self.promote = parse_size(value).ok_or(bad(key.values))? as u64,
             "decay" => self.decay_ms = value.parse().map_err(|_| bad(key.values))?,
             "return_after" => self.return_after_ms = value.parse().map_err(|_| bad(key.values))?,

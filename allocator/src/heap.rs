@@ -16,7 +16,7 @@ use crate::fork;
 use crate::placement::{OnExhausted, Placement};
 use crate::service::Service;
 use crate::source::ExtentSource;
-use crate::space::{GRANULE, Space, Tier};
+use crate::space::{GRANULE, PAGE, Space, Tier};
 use crate::stats::Stats;
 use crate::sync::{Lock, Signal};
 
@@ -24,6 +24,8 @@ use crate::sync::{Lock, Signal};
 /// request is watched: it waits for extents rather than take DRAM, and does
 /// not fail for what other arenas have freed and not given back.
 const CAREFUL_FROM: usize = (32 << 10) + 1;
+/// The smallest alignment that direct I/O asks for: a disk's sector.
+const IO_ALIGN: usize = 512;
 /// jemalloc's own default, for DRAM.
 const DRAM_DECAY_MS: isize = 10_000;
 /// How long a small allocation waits for granules that have been asked for:
@@ -34,7 +36,7 @@ const ON_ITS_WAY_MS: u32 = 5;
 /// only bounds what a broker that hangs can do to a program.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
-/// Arenas for extents where the engine's automatic ones are in DRAM, made when
+/// Arenas of the tier that the engine's automatic ones are not of, made when
 /// first needed; a thread takes that of the processor it runs on.
 struct Extra {
     slots: [AtomicU32; engine::MAX_ARENAS],
@@ -202,40 +204,52 @@ impl Heap {
         }
     }
 
-    /// An arena on extents for a request that the automatic ones don't serve.
-    fn extra_arena(&'static self) -> Option<ArenaIndex> {
+    /// An arena for a request that the automatic ones don't serve.
+    fn extra_arena(&'static self, tier: Tier) -> Option<ArenaIndex> {
         let cpu = rustix::thread::sched_getcpu();
         let slot = &self.extra.slots[cpu % engine::MAX_ARENAS];
         let made = || ArenaIndex::from_slot(slot.load(Ordering::Acquire));
         if let Some(arena) = made() {
             return Some(arena);
         }
-        let hooks: &'static Hooks = &self.hooks.get()?[Tier::Extent as usize];
+        let hooks: &'static Hooks = &self.hooks.get()?[tier as usize];
         let _making = self.extra.making.lock();
         if let Some(arena) = made() {
             return Some(arena);
         }
-        let arena = ArenaIndex::create(hooks, self.decay_ms(Tier::Extent))?;
+        let arena = ArenaIndex::create(hooks, self.decay_ms(tier))?;
         slot.store(arena.to_slot(), Ordering::Release);
         Some(arena)
     }
 
     /// The arenas that take extents.
     pub(crate) fn extent_arenas(&self) -> impl Iterator<Item = ArenaIndex> + '_ {
-        let bound = self.config().placement.bound_tier() == Tier::Extent && self.is_started();
-        let automatic = if bound {
-            Some(engine::automatic())
-        } else {
-            None
-        };
-        automatic.into_iter().flatten().chain(self.extra.made())
+        let bound = self.config().placement.bound_tier();
+        let automatic = bound == Tier::Extent && self.is_started();
+        let extra = bound == Tier::Dram;
+        engine::automatic()
+            .filter(move |_| automatic)
+            .chain(self.extra.made().filter(move |_| extra))
+    }
+
+    /// The tier that serves a request. What looks like a buffer for direct I/O
+    /// goes to DRAM: a transfer that is under way can't follow a move.
+    fn tier(&self, size: usize, align: usize) -> Tier {
+        let config = self.config();
+        if config.io_dram && align >= IO_ALIGN && size >= PAGE {
+            return Tier::Dram;
+        }
+        match size < self.threshold.load(Ordering::Relaxed) {
+            true => config.placement.bound_tier(),
+            false => Tier::Extent,
+        }
     }
 
     /// `size` bytes aligned to `align` (a power of two), zeroed if asked; null
     /// if there is no memory. A size of 0 is served as 1.
     pub fn allocate(&'static self, size: usize, align: usize, zero: bool) -> *mut u8 {
         let size = size.max(1);
-        self.serve(size, |arena| match arena {
+        self.serve(size, align, |arena| match arena {
             Some(arena) => engine::allocate_from(arena, size, align, zero),
             None => engine::allocate(size, align, zero),
         })
@@ -248,7 +262,7 @@ impl Heap {
     /// `ptr` is live and from this heap, `align` a power of two.
     pub unsafe fn reallocate(&'static self, ptr: *mut u8, size: usize, align: usize) -> *mut u8 {
         let size = size.max(1);
-        self.serve(size, |arena| match arena {
+        self.serve(size, align, |arena| match arena {
             // SAFETY: the caller's promise, and the size is not 0.
             Some(arena) => unsafe { engine::reallocate_into(arena, ptr, size, align) },
             // SAFETY: as above.
@@ -260,15 +274,20 @@ impl Heap {
     fn serve(
         &'static self,
         size: usize,
+        align: usize,
         attempt: impl Fn(Option<ArenaIndex>) -> *mut u8,
     ) -> *mut u8 {
         if size > MAX_REQUEST {
             return core::ptr::null_mut();
         }
-        let automatic = size < self.threshold.load(Ordering::Relaxed);
-        let arena = if automatic { None } else { self.extra_arena() };
-        let on_extents = !automatic || self.config().placement.bound_tier() == Tier::Extent;
-        let mut ptr = if on_extents && self.is_started() {
+        let tier = self.tier(size, align);
+        let automatic = tier == self.config().placement.bound_tier();
+        let arena = if automatic {
+            None
+        } else {
+            self.extra_arena(tier)
+        };
+        let mut ptr = if tier == Tier::Extent && self.is_started() {
             let ptr = engine::lent_only(|| attempt(arena));
             if ptr.is_null() {
                 self.serve_short(size, || attempt(arena))

@@ -5,7 +5,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use allocator::space::GRANULE;
+use allocator::space::{Backing, GRANULE};
 use allocator::{Config, Heap, OnExhausted, Placement};
 use common::MemfdSource;
 
@@ -129,6 +129,19 @@ fn life_of_a_heap() {
     assert!(HEAP.stats().usage.extent_live >= 40 * MIB as u64);
     check_and_free(blocks.into_iter().enumerate(), 4 * MIB);
     check_and_free(more.into_iter().enumerate(), 4 * MIB);
+
+    // What looks like a buffer for direct I/O is in DRAM, and only that.
+    for (size, align, dram) in [(8192, 512, true), (8192, 64, false), (2048, 512, false)] {
+        let block = HEAP.allocate(size, align, false);
+        let backing = HEAP.space().backing_of(block as usize);
+        assert_eq!(
+            backing == Some(Backing::Dram),
+            dram,
+            "{size} aligned to {align}"
+        );
+        // SAFETY: live, and not used again.
+        unsafe { allocator::engine::free(block) };
+    }
 
     // Requests that can't be met fail, at once.
     let start = Instant::now();
