@@ -131,7 +131,7 @@ fn life_of_a_heap() {
     check_and_free(more.into_iter().enumerate(), 4 * MIB);
 
     // What looks like a buffer for direct I/O is in DRAM, and only that.
-    for (size, align, dram) in [(8192, 512, true), (8192, 64, false), (2048, 512, false)] {
+    for (size, align, dram) in [(65536, 512, true), (65536, 64, false), (2048, 512, false)] {
         let block = HEAP.allocate(size, align, false);
         let backing = HEAP.space().backing_of(block as usize);
         assert_eq!(

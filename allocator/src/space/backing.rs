@@ -110,18 +110,16 @@ impl State {
             let start = (at - self.addr(index)) / PAGE;
             let pages = ((end - at) / PAGE).min(PAGES_PER_GRANULE - start);
             if self.free_within(index, start, pages) {
-                emptied.start = if emptied.is_empty() {
-                    index
-                } else {
-                    emptied.start
-                };
+                if emptied.end != index {
+                    // One on an extent lies between.
+                    self.unback_dram(emptied);
+                    emptied = index..index;
+                }
                 emptied.end = index + 1;
             }
             at += pages * PAGE;
         }
-        if !emptied.is_empty() {
-            self.unback_dram(emptied);
-        }
+        self.unback_dram(emptied);
     }
 
     /// Books pages of one granule as free. `true`: it is DRAM, and empty now.
@@ -164,6 +162,9 @@ impl State {
     /// that they stay, and are used again.
     fn unback_dram(&mut self, run: Range<usize>) {
         let len = run.len() * GRANULE;
+        if len == 0 {
+            return;
+        }
         // SAFETY: nothing in them is live.
         if unsafe { map::unback(self.addr(run.start), len) }.is_ok() {
             self.usage.dram_held -= len as u64;
