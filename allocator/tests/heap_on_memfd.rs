@@ -73,6 +73,19 @@ fn life_of_a_heap() {
     assert_eq!(stats.usage.dram_held, 0, "{stats:?}");
     assert!(stats.extent_share_at_peak() >= 9_900, "{stats:?}");
 
+    // What looks like a buffer for direct I/O is in DRAM, and only that.
+    for (size, align, dram) in [(65536, 512, true), (65536, 64, false), (2048, 512, false)] {
+        let block = HEAP.allocate(size, align, false);
+        let backing = HEAP.space().backing_of(block as usize);
+        assert_eq!(
+            backing == Some(Backing::Dram),
+            dram,
+            "{size} aligned to {align}"
+        );
+        // SAFETY: live, and not used again.
+        unsafe { allocator::engine::free(block) };
+    }
+
     // What is freed goes back, without help and while the rest stays intact.
     let held = stats.usage.extent_held;
     check_and_free(large.into_iter().enumerate(), 3 * MIB / 2);
@@ -129,19 +142,6 @@ fn life_of_a_heap() {
     assert!(HEAP.stats().usage.extent_live >= 40 * MIB as u64);
     check_and_free(blocks.into_iter().enumerate(), 4 * MIB);
     check_and_free(more.into_iter().enumerate(), 4 * MIB);
-
-    // What looks like a buffer for direct I/O is in DRAM, and only that.
-    for (size, align, dram) in [(65536, 512, true), (65536, 64, false), (2048, 512, false)] {
-        let block = HEAP.allocate(size, align, false);
-        let backing = HEAP.space().backing_of(block as usize);
-        assert_eq!(
-            backing == Some(Backing::Dram),
-            dram,
-            "{size} aligned to {align}"
-        );
-        // SAFETY: live, and not used again.
-        unsafe { allocator::engine::free(block) };
-    }
 
     // Requests that can't be met fail, at once.
     let start = Instant::now();
