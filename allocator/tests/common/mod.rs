@@ -1,11 +1,15 @@
 //! A lender for tests: granules of a memfd, handed out in order.
+#![allow(dead_code, reason = "no test uses all of it")]
 
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use allocator::source::{Event, ExtentSource, Ranges, Recall, RecallOutcome, WindowRange};
+use allocator::Heap;
+use allocator::source::{
+    Event, ExtentSource, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome, WindowRange,
+};
 use allocator::space::{GRANULE, keep_private};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
@@ -17,6 +21,47 @@ struct State {
     outcomes: Vec<(u64, RecallOutcome)>,
     /// Grants nothing while set.
     closed: bool,
+    /// Not granted while they are in here.
+    withheld: Vec<WindowRange>,
+}
+
+impl State {
+    fn is_withheld(&self, offset: u64) -> bool {
+        let inside = |r: &WindowRange| offset >= r.offset && offset - r.offset < r.len;
+        self.withheld.iter().any(inside)
+    }
+
+    /// The first granule that may be granted.
+    fn next_free(&self) -> Option<u64> {
+        let mut free = self.free.iter().copied();
+        free.find(|offset| !self.closed && !self.is_withheld(*offset))
+    }
+}
+
+/// xorshift64*: any spread will do.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    /// A number below `n`.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % n
+    }
+}
+
+/// Whether the heap can move what is live; if not, says why the test is
+/// skipped.
+pub(crate) fn moves(heap: &Heap) -> bool {
+    let moves = heap.stats().moves_live;
+    if !moves {
+        println!(
+            "SKIPPED: no userfaultfd that blocks the kernel's own accesses (it takes \
+             CAP_SYS_PTRACE, vm.unprivileged_userfaultfd=1 or access to /dev/userfaultfd)"
+        );
+    }
+    moves
 }
 
 /// A source over a memfd of `granules`.
@@ -72,19 +117,74 @@ impl MemfdSource {
     }
 
     /// Stops or resumes granting.
-    #[allow(dead_code, reason = "not every test stops it")]
     pub(crate) fn close(&self, yes: bool) {
         self.state.lock().unwrap().closed = yes;
     }
 
     /// Asks `bytes` back and waits for the answer.
     pub(crate) fn recall(&self, id: u64, bytes: u64) -> RecallOutcome {
+        self.ask_back(id, bytes, Ranges::EMPTY)
+    }
+
+    /// Asks for all of some ranges, and grants nothing of them from now on.
+    pub(crate) fn recall_ranges(&self, id: u64, ranges: &Ranges) -> RecallOutcome {
+        self.state.lock().unwrap().withheld = ranges.as_slice().to_vec();
+        self.ask_back(id, ranges.bytes(), *ranges)
+    }
+
+    /// Ends what [`Self::recall_ranges`] began: there is capacity again.
+    pub(crate) fn restore(&self) {
+        self.state.lock().unwrap().withheld.clear();
+        self.send(Event::CapacityAvailable);
+    }
+
+    /// Random ranges that hold at least `granules` of those lent, or all.
+    pub(crate) fn some_lent(&self, granules: usize, random: &mut Random) -> Ranges {
+        let state = self.state.lock().unwrap();
+        let all = self.window.1 / GRANULE;
+        let lent = |index: &usize| !state.free.contains(&((index * GRANULE) as u64));
+        let mut picked = BTreeSet::new();
+        let (mut count, mut pieces) = (0, 0);
+        while count < granules && pieces < RANGES_PER_EVENT {
+            pieces += 1;
+            // The last one takes what is missing.
+            let most = if pieces == RANGES_PER_EVENT { all } else { 12 };
+            let first = random.below(all);
+            for index in (first..all).chain(0..first).take(1 + random.below(most)) {
+                if picked.insert(index) {
+                    count += usize::from(lent(&index));
+                }
+            }
+        }
+        let mut ranges = Ranges::EMPTY;
+        for index in picked {
+            ranges.push(WindowRange {
+                offset: (index * GRANULE) as u64,
+                len: GRANULE as u64,
+            });
+        }
+        ranges
+    }
+
+    /// Granules of some ranges that are lent.
+    pub(crate) fn lent_of(&self, ranges: &Ranges) -> usize {
+        let state = self.state.lock().unwrap();
+        let offsets = ranges
+            .as_slice()
+            .iter()
+            .flat_map(|r| (r.offset..r.offset + r.len).step_by(GRANULE));
+        offsets
+            .filter(|offset| !state.free.contains(offset))
+            .count()
+    }
+
+    fn ask_back(&self, id: u64, bytes: u64, ranges: Ranges) -> RecallOutcome {
         let deadline = Duration::from_secs(5);
         self.send(Event::Recall(Recall {
             id,
             bytes,
             deadline,
-            ranges: Ranges::EMPTY,
+            ranges,
         }));
         let mut state = self.state.lock().unwrap();
         loop {
@@ -109,15 +209,12 @@ impl ExtentSource for MemfdSource {
 
     fn request(&self, bytes: u64) -> bool {
         let mut state = self.state.lock().unwrap();
-        let mut want = bytes as usize / GRANULE;
-        if state.closed {
-            want = 0;
-        }
+        let want = bytes as usize / GRANULE;
         let mut granted = 0;
         loop {
             let mut ranges = Ranges::EMPTY;
             while granted < want
-                && let Some(offset) = state.free.first().copied()
+                && let Some(offset) = state.next_free()
                 && ranges.push(WindowRange {
                     offset,
                     len: GRANULE as u64,
@@ -126,7 +223,7 @@ impl ExtentSource for MemfdSource {
                 state.free.remove(&offset);
                 granted += 1;
             }
-            let exhausted = state.free.is_empty() || state.closed;
+            let exhausted = state.next_free().is_none();
             let last = granted >= want || exhausted;
             state.events.push_back(Event::Granted {
                 ranges,
@@ -156,7 +253,9 @@ impl ExtentSource for MemfdSource {
                 };
             }
         }
-        state.events.push_back(Event::CapacityAvailable);
+        if state.withheld.is_empty() {
+            state.events.push_back(Event::CapacityAvailable);
+        }
         self.changed.notify_all();
         true
     }
