@@ -13,6 +13,7 @@ use std::time::Instant;
 use crate::config::Config;
 use crate::engine::{self, ArenaIndex, Hooks, MAX_REQUEST, Supply};
 use crate::fork;
+use crate::headroom::headroom;
 use crate::placement::{OnExhausted, Placement};
 use crate::service::Service;
 use crate::source::ExtentSource;
@@ -409,11 +410,14 @@ impl Heap {
         self.service.publish(self);
     }
 
-    /// Bytes of DRAM that granules may still move to.
+    /// Bytes of DRAM that granules may still move to: within `dram_limit`, and
+    /// within what the control group allows.
     pub(crate) fn dram_allowance(&self) -> u64 {
+        let held = self.space.usage().dram_held;
         self.config()
             .dram_limit
-            .saturating_sub(self.space.usage().dram_held)
+            .saturating_sub(held)
+            .min(headroom())
     }
 
     /// Granules that may come back to extents in one tick of the worker.

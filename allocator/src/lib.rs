@@ -18,6 +18,7 @@ pub mod engine;
 mod evacuation;
 pub mod fork;
 mod global;
+mod headroom;
 pub mod heap;
 pub mod placement;
 mod service;

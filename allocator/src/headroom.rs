@@ -1,0 +1,97 @@
+//! How much memory the process's control group still allows (cgroups(7),
+//! version 2). Extents are not charged to it, DRAM is: moving live data to
+//! DRAM can run into a limit that the program never came near, and the kernel
+//! answers that with a kill.
+#![forbid(unsafe_code)]
+
+use core::ffi::CStr;
+use rustix::fs::{Mode, OFlags, open};
+
+/// Where the hierarchy is mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+const PATH_MAX: usize = 512;
+
+/// Bytes that may still be charged before the nearest limit; `u64::MAX` where
+/// there is none, or none that can be read. Allocates nothing.
+pub(crate) fn headroom() -> u64 {
+    let mut text = [0u8; PATH_MAX];
+    own_group(read(c"/proc/self/cgroup", &mut text)).map_or(u64::MAX, |group| below(ROOT, group))
+}
+
+/// The process's group of version 2 in the text of `/proc/self/cgroup`.
+fn own_group(text: &str) -> Option<&str> {
+    text.lines().find_map(|line| line.strip_prefix("0::"))
+}
+
+/// The least room of a group and of those above it.
+fn below(root: &str, group: &str) -> u64 {
+    let mut group = group.trim_end_matches('/');
+    let mut least = u64::MAX;
+    while !group.is_empty() {
+        let limit = value(root, group, "memory.max");
+        let used = value(root, group, "memory.current");
+        if let (Some(limit), Some(used)) = (limit, used) {
+            least = least.min(limit.saturating_sub(used));
+        }
+        group = &group[..group.rfind('/').unwrap_or(0)];
+    }
+    least
+}
+
+/// The number in a file of a group; `None` for `max`.
+fn value(root: &str, group: &str, file: &str) -> Option<u64> {
+    let mut path = [0u8; PATH_MAX];
+    let mut len = 0;
+    for part in [root, group, "/", file] {
+        path.get_mut(len..len + part.len())?
+            .copy_from_slice(part.as_bytes());
+        len += part.len();
+    }
+    let mut text = [0u8; 32];
+    let path = CStr::from_bytes_with_nul(path.get(..=len)?).ok()?;
+    read(path, &mut text).trim_end().parse().ok()
+}
+
+/// The beginning of a file, as far as it fits; empty if it can't be read.
+fn read<'a>(path: &CStr, buffer: &'a mut [u8]) -> &'a str {
+    let read = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|file| rustix::io::read(file, &mut *buffer));
+    let text = &buffer[..read.unwrap_or(0)];
+    core::str::from_utf8(text).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(root: &std::path::Path, path: &str, max: &str, current: &str) {
+        let folder = root.join(path.trim_start_matches('/'));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("memory.max"), max).unwrap();
+        std::fs::write(folder.join("memory.current"), current).unwrap();
+    }
+
+    #[test]
+    fn the_tightest_group_on_the_way_up_decides() {
+        let root = std::env::temp_dir().join(format!("dcm-headroom-{}", std::process::id()));
+        group(&root, "/a", "1000\n", "400\n");
+        group(&root, "/a/b", "max\n", "300\n");
+        group(&root, "/a/b/c", "5000\n", "100\n");
+        let text = root.to_str().unwrap();
+        assert_eq!(below(text, "/a/b/c"), 600);
+        assert_eq!(below(text, "/a/b"), 600);
+        group(&root, "/a/b/c", "50\n", "100\n");
+        assert_eq!(below(text, "/a/b/c"), 0);
+        assert_eq!(below(text, "/elsewhere"), u64::MAX);
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn the_group_of_version_2_is_found_among_others() {
+        assert_eq!(
+            own_group("4:memory:/x\n0::/user.slice/run\n"),
+            Some("/user.slice/run")
+        );
+        assert_eq!(own_group("4:memory:/x\n"), None);
+    }
+}
