@@ -1,7 +1,7 @@
 //! Capacity on its way in and out: an offer is usable memory at once, and what a program frees becomes free
 //! capacity although the program does nothing more.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -60,7 +60,8 @@ fn offers_are_usable_at_once() -> Result<()> {
     Ok(())
 }
 
-fn build() -> Result<std::path::PathBuf> {
+/// Compiles the program with the two patterns.
+pub(super) fn build() -> Result<PathBuf> {
     let program = workspace::target().join("free_patterns");
     let mut compile = Command::new("cc");
     compile

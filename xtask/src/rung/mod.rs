@@ -8,6 +8,7 @@ mod crash;
 mod docs;
 mod format;
 mod programs;
+mod recall;
 mod speed;
 mod symbols;
 mod unit;
@@ -69,6 +70,11 @@ pub(crate) const ALL: &[Rung] = &[
         name: "capacity",
         shows: "offers become memory at once, freed memory becomes capacity by itself",
         run: capacity::run,
+    },
+    Rung {
+        name: "recall",
+        shows: "capacity is taken back while programs use it, and they notice nothing",
+        run: recall::run,
     },
     Rung {
         name: "crash",
