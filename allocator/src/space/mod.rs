@@ -209,7 +209,7 @@ impl Space {
         self.refusals.load(Ordering::Acquire)
     }
 
-    /// Makes every new granule DRAM, whatever the tier, while set.
+    /// While set, nothing is handed out on extents, but DRAM in their place.
     pub fn set_extents_closed(&self, yes: bool) {
         self.state.lock().extents_closed = yes;
     }
@@ -281,10 +281,11 @@ impl Space {
             })
         };
         for (at, start, pages) in pieces(addr) {
-            let granule = state.granule(state.index(at)?);
+            let index = state.index(at)?;
+            let granule = state.granule(index);
             let usable =
                 granule.tier == tier && granule.backing != Backing::None && !granule.in_flight;
-            if !usable || granule.live.intersects(start, pages) {
+            if !usable || state.is_closed(index) || granule.live.intersects(start, pages) {
                 return None;
             }
         }

@@ -30,7 +30,7 @@ pub(super) struct State {
     /// (placement `interleave`); 0: none.
     pub(super) dram_every: u32,
     pub(super) interleaved: u32,
-    /// A fork is near: new granules are DRAM.
+    /// A fork is near: extents take nothing in.
     pub(super) extents_closed: bool,
     pub(super) tick: u32,
     /// The tick at which granules were last lent: the age of the pool.
@@ -116,6 +116,12 @@ impl State {
         unsafe { core::slice::from_raw_parts(self.gaps[tier as usize], self.high) }
     }
 
+    /// Whether a granule takes nothing in because a fork is near: what is on
+    /// an extent then is not the child's.
+    pub(super) fn is_closed(&self, index: usize) -> bool {
+        self.extents_closed && matches!(self.granule(index).backing, Backing::Extent(_))
+    }
+
     /// Brings the index of free runs up to date with a granule.
     pub(super) fn set_gap(&mut self, index: usize) {
         let granule = *self.granule(index);
@@ -147,7 +153,9 @@ impl State {
             };
             index += step;
             hint.get_or_insert(index);
-            if let Some(start) = self.granule(index).live.first_gap(pages, align) {
+            if !self.is_closed(index)
+                && let Some(start) = self.granule(index).live.first_gap(pages, align)
+            {
                 self.hint[tier as usize][class] = hint.unwrap_or(index);
                 let zeroed = self.take_pages(index, start, pages);
                 return Some(Run {
@@ -210,8 +218,8 @@ impl State {
         let usable = |index: usize| {
             index >= self.high || {
                 let granule = self.granule(index);
-                granule.backing == Backing::None
-                    || (granule.tier == tier && !granule.in_flight && granule.live.is_empty())
+                let empty = granule.tier == tier && !granule.in_flight && granule.live.is_empty();
+                granule.backing == Backing::None || (empty && !self.is_closed(index))
             }
         };
         let step = |index: usize| {
