@@ -90,7 +90,8 @@ fn freed_comes_back(program: &Path, pattern: &str, least: f64) -> Result<()> {
     let mut reached = None;
     while start.elapsed() < PATIENCE {
         let leased = broker.status_number("/capacity/leased")?;
-        returned = 1.0 - leased as f64 / held as f64;
+        // The program may still be growing its reserve.
+        returned = (1.0 - leased as f64 / held as f64).max(0.0);
         if reached.is_none() && returned >= LEAST_RETURNED {
             reached = Some(start.elapsed());
         }

@@ -20,6 +20,13 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub(super) fn run() -> Result<Tally> {
     packages::ensure(&["gcc", "libc6-dev", "sqlite3"])?;
     let mut tally = Tally::default();
+    if !live_memory_moves()? {
+        tally.skip(
+            "recall",
+            "no userfaultfd here, so that live memory cannot be moved",
+        );
+        return Ok(tally);
+    }
     tally.check("sqlite while all its extents come and go", sqlite_goes_on());
     let program = capacity::build()?;
     tally.check(
@@ -27,6 +34,18 @@ pub(super) fn run() -> Result<Tally> {
         survivors_move(&program),
     );
     Ok(tally)
+}
+
+/// Whether this machine lets a program move its memory, as a client of a broker says of itself.
+fn live_memory_moves() -> Result<bool> {
+    /// The bit of a client's `degraded_flags` that says no.
+    const NO_REBIND: u64 = 1 << 1;
+    let broker = Broker::serve("64M")?;
+    let sleeper = Background::start(broker.run("sleep".as_ref()).arg("60"))?;
+    thread::sleep(Duration::from_millis(500));
+    let flags = broker.status_number("/clients/0/stats/degraded_flags")?;
+    drop(sleeper);
+    Ok(flags & NO_REBIND == 0)
 }
 
 /// What a recall of everything brought.
