@@ -53,7 +53,7 @@ pub(crate) struct Options {
     /// Capacity that the software device offers at once, in one group; all of it if not given
     #[arg(long, value_name = "SIZE,…", value_parser = size::parse, value_delimiter = ',', requires = "emulate")]
     offer: Vec<u64>,
-    /// Which allocations go to dynamic capacity: dram, dc, size[:BYTES], interleave:N
+    /// Which allocations go to dynamic capacity: dram, dc, size, size:BYTES, interleave:N
     #[arg(long, value_name = "P")]
     placement: Option<String>,
     /// Further settings, key:value,…
