@@ -3,6 +3,7 @@
 //! Runs on the heap's worker thread alone, which owns the [`Mover`]. It never
 //! allocates, and holds no lock while it moves.
 
+use core::ops::Range;
 use core::time::Duration;
 use std::time::Instant;
 
@@ -15,13 +16,19 @@ use crate::stats::Stalls;
 /// The monitor thread's part, which outlives everything.
 static MONITOR: Monitor = Monitor::new();
 
-/// What an evacuation returned.
+/// What was moved.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Evacuated {
-    /// Bytes of extents freed and given back.
+    /// Bytes of granules that are elsewhere now.
     pub(crate) bytes: u64,
-    /// Why it did not go on.
+    /// Why others are not.
     pub(crate) stopped: Option<Refusal>,
+}
+
+impl Evacuated {
+    fn granules(&self) -> usize {
+        self.bytes as usize / GRANULE
+    }
 }
 
 /// Moves granules of a heap.
@@ -77,10 +84,10 @@ impl Evacuator {
                     .or(done.stopped);
                 break;
             };
-            match self.carry_out(heap, source, picked) {
-                Ok(bytes) => done.bytes += bytes,
-                Err(refusal) => done.stopped = Some(refusal),
-            }
+            let moved = self.carry_out(heap, source, picked);
+            heap.note_evacuated(moved.granules());
+            done.bytes += moved.bytes;
+            done.stopped = moved.stopped.or(done.stopped);
         }
         done
     }
@@ -96,7 +103,8 @@ impl Evacuator {
             dram: u64::MAX,
         };
         while let Some(picked) = heap.space().pick_leaving(leaving) {
-            let _ = self.carry_out(heap, source, picked);
+            let moved = self.carry_out(heap, source, picked);
+            heap.note_evacuated(moved.granules());
         }
         !heap.space().extents_in_use()
     }
@@ -108,8 +116,9 @@ impl Evacuator {
         while moved < most
             && let Some(picked) = heap.space().pick_returning(most - moved)
         {
-            moved += picked.granules();
-            if self.carry_out(heap, source, picked).is_err() {
+            let back = self.carry_out(heap, source, picked);
+            moved += back.granules();
+            if back.stopped.is_some() {
                 break;
             }
         }
@@ -117,22 +126,42 @@ impl Evacuator {
         moved
     }
 
-    /// One rebind: moves, books, gives back. Bytes of extents freed.
-    fn carry_out(
-        &mut self,
-        heap: &Heap,
-        source: &dyn ExtentSource,
-        picked: Move,
-    ) -> Result<u64, Refusal> {
-        let all = (1u32 << picked.granules()) - 1;
+    /// Moves, books, gives back.
+    fn carry_out(&mut self, heap: &Heap, source: &dyn ExtentSource, picked: Move) -> Evacuated {
+        let all = picked.granules();
+        let (mut stayed, mut stopped) = self.rebind(&picked, 0..all);
+        if stayed == (1 << all) - 1 && all > 1 {
+            // One that can't be moved holds up its neighbours.
+            (stayed, stopped) = (0, None);
+            for i in 0..all {
+                let (this, refusal) = self.rebind(&picked, i..i + 1);
+                stayed |= this << i;
+                stopped = refusal.or(stopped);
+            }
+        }
+        let ended = heap.space().end_move(picked, stayed);
+        if !ended.freed.is_empty() {
+            source.give_back(&ended.freed);
+        }
+        Evacuated {
+            bytes: (ended.moved * GRANULE) as u64,
+            stopped,
+        }
+    }
+
+    /// One rebind, of some granules of a move: a bit for each that stayed
+    /// where it was, and why.
+    fn rebind(&mut self, picked: &Move, some: Range<usize>) -> (u32, Option<Refusal>) {
+        let all = (1u32 << some.len()) - 1;
         let result = picked.with_steps(|steps| {
+            let at = picked.addr() + some.start * GRANULE;
             // SAFETY: the granules are the space's own, in flight by its
             // books, backed as they say; extents lie in the window, which
             // stays, and are lent to this process alone; `live` was taken
             // when nothing more could be handed out.
-            unsafe { self.mover.rebind(picked.addr(), steps) }
+            unsafe { self.mover.rebind(at, &steps[some]) }
         });
-        let (stayed, refusal) = match result {
+        match result {
             Ok(_) => (0, None),
             Err(RebindError::Partly { stayed, .. }) => (stayed, Some(Refusal::NoDram)),
             Err(RebindError::NoMemory(_)) => (all, Some(Refusal::NoDram)),
@@ -142,13 +171,7 @@ impl Evacuator {
                 (all & !moved, Some(Refusal::NoDram))
             }
             Err(_) => (all, Some(Refusal::CannotMove)),
-        };
-        let ended = heap.space().end_move(picked, stayed);
-        if !ended.freed.is_empty() {
-            source.give_back(&ended.freed);
-            heap.note_evacuated(ended.moved);
         }
-        refusal.map_or(Ok(ended.freed.bytes()), Err)
     }
 
     /// The kernel has memory for neither mapping: threads wait until it has
