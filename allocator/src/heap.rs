@@ -438,6 +438,8 @@ impl Heap {
     pub(crate) fn before_fork(&'static self) {
         core::mem::forget(self.forks.lock());
         self.service.stop(self);
+        // Held while an arena is made, which takes the engine's locks.
+        core::mem::forget(self.extra.making.lock());
     }
 
     /// After a fork, in the parent.
@@ -445,8 +447,10 @@ impl Heap {
     /// # Safety
     /// The calling thread called [`Heap::before_fork`].
     pub(crate) unsafe fn in_parent(&'static self) {
-        self.service.resume(self);
         // SAFETY: this thread took it in `before_fork`.
+        unsafe { self.extra.making.force_unlock() };
+        self.service.resume(self);
+        // SAFETY: as above.
         unsafe { self.forks.force_unlock() };
     }
 
@@ -455,7 +459,10 @@ impl Heap {
         self.service.forget();
         self.space.disown_extents();
         self.space.set_extents_closed(false);
-        // SAFETY: the copy of the thread that took it in `before_fork`.
-        unsafe { self.forks.force_unlock() };
+        // SAFETY: the copy of the thread that took them in `before_fork`.
+        unsafe {
+            self.extra.making.force_unlock();
+            self.forks.force_unlock();
+        }
     }
 }
