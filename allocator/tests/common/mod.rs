@@ -38,6 +38,9 @@ impl State {
     }
 }
 
+/// How long a recall may take, unless a test says so.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// xorshift64*: any spread will do.
 pub(crate) struct Random(pub(crate) u64);
 
@@ -123,13 +126,13 @@ impl MemfdSource {
 
     /// Asks `bytes` back and waits for the answer.
     pub(crate) fn recall(&self, id: u64, bytes: u64) -> RecallOutcome {
-        self.ask_back(id, bytes, Ranges::EMPTY)
+        self.ask_back(id, bytes, Ranges::EMPTY, PATIENCE)
     }
 
     /// Asks for all of some ranges, and grants nothing of them from now on.
     pub(crate) fn recall_ranges(&self, id: u64, ranges: &Ranges) -> RecallOutcome {
         self.state.lock().unwrap().withheld = ranges.as_slice().to_vec();
-        self.ask_back(id, ranges.bytes(), *ranges)
+        self.ask_back(id, ranges.bytes(), *ranges, PATIENCE)
     }
 
     /// Ends what [`Self::recall_ranges`] began: there is capacity again.
@@ -178,8 +181,15 @@ impl MemfdSource {
             .count()
     }
 
-    fn ask_back(&self, id: u64, bytes: u64, ranges: Ranges) -> RecallOutcome {
-        let deadline = Duration::from_secs(5);
+    /// Asks for `bytes` of some ranges, of any if there are none, and waits
+    /// for the answer.
+    pub(crate) fn ask_back(
+        &self,
+        id: u64,
+        bytes: u64,
+        ranges: Ranges,
+        deadline: Duration,
+    ) -> RecallOutcome {
         self.send(Event::Recall(Recall {
             id,
             bytes,
