@@ -1,7 +1,7 @@
 //! The engine: jemalloc does size classes, thread caches and fork locking.
 //!
 //! This is the one module that names it; nothing else of the project does, so
-//! that it can be replaced. Arenas get their memory from a [`Space`] through
+//! that it can be replaced. Arenas get their memory from a [`Space`](crate::space::Space) through
 //! the hooks in `hooks.rs` and keep their metadata in DRAM.
 
 mod control;
