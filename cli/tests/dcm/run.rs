@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -202,16 +203,26 @@ fn signals_reach_the_program() {
         (libc::SIGUSR1, "USR1"),
     ] {
         let script = format!(
-            "trap 'echo got {name}; exit 5' {name}; echo ready; while :; do sleep 0.02; done"
+            "trap 'echo got {name}; exit 5' {name}; echo ready; \
+             for i in $(seq 1000); do sleep 0.02; done"
         );
         let socket = dcm.directory.path().join(name);
-        let mut child = dcm
-            .command(&["run", "--emulate", "64M", "--placement", "dram", "--socket"])
+        let mut command =
+            dcm.command(&["run", "--emulate", "64M", "--placement", "dram", "--socket"]);
+        command
             .arg(&socket)
             .args(["--", "sh", "-c", &script])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .stdout(Stdio::piped());
+        // A shell can't trap what it was started with ignored, as everything
+        // under nohup(1) or in the background of a script is.
+        // SAFETY: signal(2) may be called between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                libc::signal(number, libc::SIG_DFL);
+                Ok(())
+            });
+        }
+        let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert_eq!(lines.next().unwrap().unwrap(), "ready");
         signal(child.id(), number);
