@@ -330,6 +330,10 @@ impl Service {
         } else {
             None
         };
+        let counted = [1, recall.bytes, idle + moved.bytes, refused];
+        for (counter, value) in self.recalled.iter().zip(counted) {
+            counter.fetch_add(value, Ordering::Relaxed);
+        }
         source.answer(
             recall.id,
             &RecallOutcome {
@@ -339,10 +343,6 @@ impl Service {
                 reason,
             },
         );
-        let counted = [1, recall.bytes, idle + moved.bytes, refused];
-        for (counter, value) in self.recalled.iter().zip(counted) {
-            counter.fetch_add(value, Ordering::Relaxed);
-        }
     }
 
     fn take_recall(&self) -> Option<Recall> {
