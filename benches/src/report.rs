@@ -95,11 +95,11 @@ pub fn print_table(comparisons: &[Comparison], slack: f64) {
     );
     for c in comparisons {
         println!(
-            "{:<9} {:<22} {:>12.5} {:>12.5} {:>7.3} {:>6.2}  {:>6.1} MiB {:>6.1} MiB {:>7.3} {:>6}  {}",
+            "{:<9} {:<22} {:>12} {:>12} {:>7.3} {:>6.2}  {:>6.1} MiB {:>6.1} MiB {:>7.3} {:>6}  {}",
             c.workload,
             c.ours,
-            c.our_median,
-            c.other_median,
+            four_digits(c.our_median),
+            four_digits(c.other_median),
             c.cost_ratio,
             c.cost_limit * slack,
             c.our_peak / f64::from(1 << 20),
@@ -113,6 +113,12 @@ pub fn print_table(comparisons: &[Comparison], slack: f64) {
             if c.holds(slack) { "ok" } else { "OVER" }
         );
     }
+}
+
+/// As many decimals as four digits leave room for.
+fn four_digits(value: f64) -> String {
+    let before_the_point = value.abs().max(1.0).log10() as usize + 1;
+    format!("{value:.*}", 4_usize.saturating_sub(before_the_point))
 }
 
 /// One contender's samples of one workload: a line of NDJSON.
@@ -213,6 +219,13 @@ mod tests {
                 extent_peak_bytes: 0,
             })
             .collect()
+    }
+
+    #[test]
+    fn numbers_are_short() {
+        assert_eq!(four_digits(11_296_000.0), "11296000");
+        assert_eq!(four_digits(5.93053), "5.931");
+        assert_eq!(four_digits(0.08109), "0.081");
     }
 
     #[test]
