@@ -39,7 +39,7 @@ impl State {
 }
 
 /// How long a recall may take, unless a test says so.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// xorshift64*: any spread will do.
 pub(crate) struct Random(pub(crate) u64);
@@ -204,7 +204,7 @@ impl MemfdSource {
             }
             let waited = self
                 .changed
-                .wait_timeout(state, Duration::from_secs(10))
+                .wait_timeout(state, deadline + PATIENCE)
                 .unwrap();
             assert!(!waited.1.timed_out(), "recall {id} was not answered");
             state = waited.0;
