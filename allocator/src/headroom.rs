@@ -10,11 +10,13 @@ use rustix::fs::{Mode, OFlags, open};
 /// Where the hierarchy is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 const PATH_MAX: usize = 512;
+/// Longer than what is read of `/proc/self/cgroup` and `memory.stat`.
+const TEXT_MAX: usize = 8192;
 
 /// Bytes that may still be charged before the nearest limit; `u64::MAX` where
 /// there is none, or none that can be read. Allocates nothing.
 pub(crate) fn headroom() -> u64 {
-    let mut text = [0u8; PATH_MAX];
+    let mut text = [0u8; TEXT_MAX];
     own_group(read(c"/proc/self/cgroup", &mut text)).map_or(u64::MAX, |group| below(ROOT, group))
 }
 
@@ -31,7 +33,9 @@ fn below(root: &str, group: &str) -> u64 {
         let limit = value(root, group, "memory.max");
         let used = value(root, group, "memory.current");
         if let (Some(limit), Some(used)) = (limit, used) {
-            least = least.min(limit.saturating_sub(used));
+            // The kernel drops what files have cached before it kills.
+            let cached = cached(root, group);
+            least = least.min(limit.saturating_sub(used.saturating_sub(cached)));
         }
         group = &group[..group.rfind('/').unwrap_or(0)];
     }
@@ -40,6 +44,24 @@ fn below(root: &str, group: &str) -> u64 {
 
 /// The number in a file of a group; `None` for `max`.
 fn value(root: &str, group: &str, file: &str) -> Option<u64> {
+    let mut text = [0u8; 32];
+    read_of(root, group, file, &mut text)?
+        .trim_end()
+        .parse()
+        .ok()
+}
+
+/// Bytes of a group that files have cached and nobody uses.
+fn cached(root: &str, group: &str) -> u64 {
+    let mut text = [0u8; TEXT_MAX];
+    let stat = read_of(root, group, "memory.stat", &mut text).unwrap_or_default();
+    let inactive = stat
+        .lines()
+        .find_map(|line| line.strip_prefix("inactive_file "));
+    inactive.and_then(|bytes| bytes.parse().ok()).unwrap_or(0)
+}
+
+fn read_of<'a>(root: &str, group: &str, file: &str, text: &'a mut [u8]) -> Option<&'a str> {
     let mut path = [0u8; PATH_MAX];
     let mut len = 0;
     for part in [root, group, "/", file] {
@@ -47,9 +69,10 @@ fn value(root: &str, group: &str, file: &str) -> Option<u64> {
             .copy_from_slice(part.as_bytes());
         len += part.len();
     }
-    let mut text = [0u8; 32];
-    let path = CStr::from_bytes_with_nul(path.get(..=len)?).ok()?;
-    read(path, &mut text).trim_end().parse().ok()
+    Some(read(
+        CStr::from_bytes_with_nul(path.get(..=len)?).ok()?,
+        text,
+    ))
 }
 
 /// The beginning of a file, as far as it fits; empty if it can't be read.
@@ -82,6 +105,9 @@ mod tests {
         assert_eq!(below(text, "/a/b"), 600);
         group(&root, "/a/b/c", "50\n", "100\n");
         assert_eq!(below(text, "/a/b/c"), 0);
+        let cache = "anon 1\ninactive_file 70\nactive_file 9\n";
+        std::fs::write(root.join("a/b/c/memory.stat"), cache).unwrap();
+        assert_eq!(below(text, "/a/b/c"), 20, "50 - (100 - 70)");
         assert_eq!(below(text, "/elsewhere"), u64::MAX);
         std::fs::remove_dir_all(&root).unwrap();
     }

@@ -112,8 +112,6 @@ impl Heap {
         if self.config.set(config).is_err() || self.space.open().is_err() {
             return false;
         }
-        self.space
-            .set_dram_when_exhausted(config.on_exhausted == OnExhausted::Dram);
         if let Placement::Interleave(n) = config.placement {
             self.space.set_interleave(n);
         }
@@ -126,13 +124,6 @@ impl Heap {
         let threshold = engine::whole_class(config.placement.direct_below());
         self.threshold.store(threshold, Ordering::Release);
         let direct = threshold.min(CAREFUL_FROM);
-        let patience = match config.on_exhausted {
-            OnExhausted::Wait(ms) => ms,
-            _ => ON_ITS_WAY_MS,
-        };
-        self.supply.patience_ms.store(patience, Ordering::Relaxed);
-        let insist = matches!(config.on_exhausted, OnExhausted::Wait(_));
-        self.supply.insist.store(insist, Ordering::Relaxed);
         self.direct_below.store(direct, Ordering::Release);
         fork::register_early(self);
         true
@@ -151,11 +142,31 @@ impl Heap {
         // SAFETY: the window is as `ExtentSource::window` promises.
         unsafe { self.space.open_window(addr, len) }?;
         self.service.start(self, source)?;
+        self.expect_extents();
         let tier = Tier::Extent;
         if self.config().placement.tier(MAX_REQUEST) == tier {
             self.wait_for_extents(1, ANSWER_WITHIN);
         }
         Ok(())
+    }
+
+    /// What `on_exhausted` says holds from now on: there is a source.
+    fn expect_extents(&self) {
+        let policy = self.config().on_exhausted;
+        let (patience, insist) = match policy {
+            OnExhausted::Wait(ms) => (ms, true),
+            _ => (ON_ITS_WAY_MS, false),
+        };
+        self.supply.patience_ms.store(patience, Ordering::Relaxed);
+        self.supply.insist.store(insist, Ordering::Relaxed);
+        self.space
+            .set_dram_when_exhausted(policy == OnExhausted::Dram);
+    }
+
+    /// Nobody waits for extents: none will come.
+    pub(crate) fn expect_none(&self) {
+        self.supply.patience_ms.store(0, Ordering::Relaxed);
+        self.supply.insist.store(false, Ordering::Relaxed);
     }
 
     /// The settings.
@@ -301,7 +312,10 @@ impl Heap {
         if ptr.is_null() && self.space.has_room_for(size / GRANULE + 1) {
             // Other arenas may hold what was freed in them for some time yet.
             self.purge();
-            ptr = attempt(arena);
+            ptr = match self.config().on_exhausted {
+                OnExhausted::Dram => attempt(arena),
+                _ => engine::lent_only(|| attempt(arena)),
+            };
         }
         ptr
     }
@@ -348,8 +362,12 @@ impl Heap {
             if self.space.idle_granules() >= granules {
                 return true;
             }
-            // Said each time round: another thread may have taken what came.
-            self.service.want(granules);
+            // Said each time round, since another thread may have taken what
+            // came; but while there is none, only news of more is waited for.
+            let ask = !self.space.is_exhausted();
+            if ask {
+                self.service.want(granules);
+            }
             if !self.service.is_running() {
                 self.space.set_exhausted(true);
             }
@@ -365,7 +383,9 @@ impl Heap {
                 self.space.set_exhausted(true);
                 return false;
             }
-            self.supply.wanted.raise();
+            if ask {
+                self.supply.wanted.raise();
+            }
             self.supply.lent.wait(seen, left);
         }
     }
@@ -457,6 +477,8 @@ impl Heap {
     /// In a forked child: its parent's service and leases are not its own.
     pub(crate) fn in_child(&self) {
         self.service.forget();
+        self.expect_none();
+        self.space.set_dram_when_exhausted(true);
         self.space.disown_extents();
         self.space.set_extents_closed(false);
         // SAFETY: the copy of the thread that took them in `before_fork`.

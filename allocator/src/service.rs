@@ -44,6 +44,10 @@ const NOTHING: Recall = Recall {
 
 /// What the two threads share with the heap.
 pub(crate) struct Service {
+    /// The worker is there, and stays: it is needed for forks even when there
+    /// is nobody to talk to.
+    alive: AtomicBool,
+    /// The source answers.
     running: AtomicBool,
     source: Lock<Option<&'static dyn ExtentSource>>,
     adopted: Signal,
@@ -79,6 +83,7 @@ const FORK_PATIENCE: Duration = Duration::from_secs(60);
 impl Service {
     pub(crate) const fn new() -> Self {
         Self {
+            alive: AtomicBool::new(false),
             running: AtomicBool::new(false),
             source: Lock::new(None),
             adopted: Signal::new(),
@@ -101,14 +106,14 @@ impl Service {
     /// that a child made now inherits all of the heap, and no granule in
     /// flight. Until [`Service::resume`] new granules are DRAM.
     pub(crate) fn stop(&self, heap: &Heap) {
-        if !self.is_running() || !self.moves.load(Ordering::Acquire) {
+        if !self.alive.load(Ordering::Acquire) || !self.moves.load(Ordering::Acquire) {
             return;
         }
         heap.space().set_extents_closed(true);
         self.fork.store(STOP, Ordering::Release);
         heap.wanted().raise();
         let deadline = Instant::now() + FORK_PATIENCE;
-        while self.fork.load(Ordering::Acquire) == STOP && self.is_running() {
+        while self.fork.load(Ordering::Acquire) == STOP {
             let seen = self.forking.read();
             let left = deadline.saturating_duration_since(Instant::now());
             if self.fork.load(Ordering::Acquire) != STOP || left.is_zero() {
@@ -160,6 +165,7 @@ impl Service {
     ) -> Result<(), Errno> {
         *self.source.lock() = Some(source);
         self.running.store(true, Ordering::Release);
+        self.alive.store(true, Ordering::Release);
         let seen = self.adopted.read();
         if let Err(error) = spawn(worker, heap) {
             self.forget();
@@ -208,7 +214,7 @@ impl Service {
     /// The worker's side of [`Service::trim`].
     fn trimmed(&self, heap: &Heap, source: &dyn ExtentSource) -> bool {
         let asked = self.trim.load(Ordering::Acquire);
-        if asked {
+        if asked && self.is_running() {
             let all = Recall {
                 bytes: heap.space().usage().idle,
                 ..NOTHING
@@ -223,6 +229,7 @@ impl Service {
     /// In a child: there are no threads, and the source is the parent's.
     pub(crate) fn forget(&self) {
         self.running.store(false, Ordering::Release);
+        self.alive.store(false, Ordering::Release);
         // A thread of the parent may have held these when the child was made.
         // SAFETY: the child has one thread, and it holds neither.
         unsafe {
@@ -345,6 +352,16 @@ impl Service {
         );
     }
 
+    /// Gives back what has been unused for long enough, but for the reserve.
+    fn give_back_surplus(&self, heap: &Heap, source: &dyn ExtentSource) {
+        let surplus = Recall {
+            bytes: (heap.space().surplus() * GRANULE) as u64,
+            ..NOTHING
+        };
+        let min_age = heap.config().return_after_ms / TICK.as_millis() as u32;
+        self.give_back(heap, source, &surplus, min_age);
+    }
+
     fn take_recall(&self) -> Option<Recall> {
         self.recalls.lock().iter_mut().find_map(Option::take)
     }
@@ -355,15 +372,19 @@ impl Service {
         let demand = self.demand.swap(0, Ordering::AcqRel);
         let short = demand.saturating_sub(heap.space().idle_granules());
         let reserve = reserve && !heap.space().is_exhausted();
-        let displaced = heap.space().displaced().min(heap.back_per_tick());
-        let ask = short
-            + if reserve {
-                heap.space().short_of().max(displaced)
-            } else {
-                0
+        let mut ask = short;
+        if reserve {
+            let displaced = match self.moves.load(Ordering::Relaxed) {
+                true => heap.space().displaced().min(heap.back_per_tick()),
+                false => 0,
             };
+            let idle = heap.space().idle_granules();
+            ask += heap.space().short_of().max(displaced.saturating_sub(idle));
+        }
         if ask == 0 {
-            heap.lent().raise();
+            if demand > 0 {
+                heap.lent().raise();
+            }
         } else if self.asked.swap(true, Ordering::AcqRel) {
             self.want(demand);
         } else if !source.request((ask * GRANULE) as u64) {
@@ -374,6 +395,7 @@ impl Service {
     fn closed(&self, heap: &Heap) {
         self.running.store(false, Ordering::Release);
         heap.space().set_exhausted(true);
+        heap.expect_none();
         heap.lent().raise();
     }
 }
@@ -426,44 +448,46 @@ extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
     service.adopted.raise();
     let (mut quiet, mut restraint) = (0, 0u32);
     let mut before = heap.space().usage();
-    while service.is_running() {
+    let mut last_tick = Instant::now();
+    loop {
         let seen = heap.wanted().read();
-        if service.stand_still(heap, source, &mut evacuator) {
-            restraint = RESTRAINT;
-        }
-        if service.trimmed(heap, source) {
+        if service.stand_still(heap, source, &mut evacuator) || service.trimmed(heap, source) {
             restraint = RESTRAINT;
         }
         if service.plenty.swap(false, Ordering::AcqRel) {
             restraint = 0;
         }
-        service.ask(heap, source, restraint == 0);
-        restraint = restraint.saturating_sub(1);
+        if service.is_running() {
+            service.ask(heap, source, restraint == 0);
+        }
         while let Some(recall) = service.take_recall() {
             service.answer(heap, source, &recall, &mut evacuator);
             restraint = RESTRAINT;
         }
+        let patience = if quiet > 20 { TICK_QUIET } else { TICK };
         heap.wanted()
-            .wait(seen, if quiet > 20 { TICK_QUIET } else { TICK });
+            .wait(seen, patience.saturating_sub(last_tick.elapsed()));
+        // A clock of its own: how often somebody calls is no measure of time.
+        if last_tick.elapsed() < TICK {
+            continue;
+        }
+        last_tick = Instant::now();
+        restraint = restraint.saturating_sub(1);
         heap.space().tick();
         heap.extent_arenas().for_each(engine::decay);
-        if restraint == 0
-            && let Some(evacuator) = &mut evacuator
-        {
-            evacuator.bring_back(heap, source);
+        if service.is_running() {
+            if restraint == 0
+                && let Some(evacuator) = &mut evacuator
+            {
+                evacuator.bring_back(heap, source);
+            }
+            service.give_back_surplus(heap, source);
         }
-        let surplus = Recall {
-            bytes: (heap.space().surplus() * GRANULE) as u64,
-            ..NOTHING
-        };
-        let min_age = heap.config().return_after_ms / TICK.as_millis() as u32;
-        service.give_back(heap, source, &surplus, min_age);
         let now = heap.space().usage();
         quiet = if now == before { quiet + 1 } else { 0 };
         before = now;
         source.publish(&heap.stats());
     }
-    null_mut()
 }
 
 extern "C" fn listener(heap: *mut c_void) -> *mut c_void {

@@ -7,7 +7,7 @@
 //! is closed before the program runs.
 
 use core::ffi::CStr;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -29,6 +29,8 @@ pub struct BrokerSource {
     page: ClientPageMapping,
     window: (usize, usize),
     userfaultfd: Option<OwnedFd>,
+    /// The worker has a descriptor table of its own.
+    apart: AtomicBool,
     lost: AtomicU64,
 }
 
@@ -64,6 +66,7 @@ impl BrokerSource {
             page,
             window,
             userfaultfd,
+            apart: AtomicBool::new(false),
             lost: AtomicU64::new(0),
         })
     }
@@ -108,13 +111,15 @@ impl ExtentSource for BrokerSource {
 
     fn adopt_thread(&self) {
         let socket = self.client.fd().as_raw_fd();
-        own_table(
-            socket,
-            self.userfaultfd.as_ref().map_or(socket, AsRawFd::as_raw_fd),
-        );
+        let other = self.userfaultfd.as_ref().map_or(socket, AsRawFd::as_raw_fd);
+        self.apart
+            .store(own_table(socket, other), Ordering::Release);
     }
 
     fn thread_adopted(&self) {
+        if !self.apart.load(Ordering::Acquire) {
+            return;
+        }
         let ours = [Some(self.client.fd()), self.userfaultfd()];
         for descriptor in ours.into_iter().flatten() {
             // SAFETY: this closes the number in the caller's table only; the
@@ -256,8 +261,8 @@ fn from_wire(wire: &[WireRange]) -> Ranges {
 
 /// Gives the calling thread a descriptor table of its own that holds nothing
 /// but two descriptors (close_range(2) with `CLOSE_RANGE_UNSHARE`, Linux 5.9).
-/// Where that is refused the thread stays in the program's table.
-fn own_table(a: RawFd, b: RawFd) {
+/// `false`: that is refused, and the thread stays in the program's table.
+fn own_table(a: RawFd, b: RawFd) -> bool {
     const CLOSE_RANGE_UNSHARE: libc::c_uint = 2;
     let (low, high) = (a.min(b) as libc::c_uint, a.max(b) as libc::c_uint);
     let close = |first: libc::c_uint, last: libc::c_uint, flags: libc::c_uint| {
@@ -265,10 +270,12 @@ fn own_table(a: RawFd, b: RawFd) {
         // the first call has unshared it; threads it starts later share it.
         first > last || unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) } == 0
     };
-    if close(high + 1, libc::c_uint::MAX, CLOSE_RANGE_UNSHARE) {
+    let apart = close(high + 1, libc::c_uint::MAX, CLOSE_RANGE_UNSHARE);
+    if apart {
         close(low + 1, high.saturating_sub(1), 0);
         if low > 0 {
             close(0, low - 1, 0);
         }
     }
+    apart
 }

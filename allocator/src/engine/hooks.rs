@@ -1,10 +1,9 @@
 //! jemalloc's extent hooks over a [`Space`]: where its arenas get their pages.
 //!
-//! They never allocate, never touch `errno` and hold no lock while they wait.
-//! Returning pages happens under a lock of jemalloc's and never waits. Taking
-//! pages does not (with `retain:false` jemalloc calls for them with none
-//! held): where none are lent it waits a moment for those that are on their
-//! way, which the space's reserve makes rare.
+//! They never allocate and never touch `errno`. With `retain:false` jemalloc
+//! calls them with none of its locks held, so where nothing is lent a hook
+//! may wait a moment for what is on its way; the space's reserve makes that
+//! rare.
 
 use core::cell::Cell;
 use core::ffi::{c_uint, c_void};
@@ -138,7 +137,9 @@ impl Hooks {
             if left.is_zero() || vain {
                 return self.space.alloc(Tier::Extent, size, alignment, true);
             }
-            self.supply.wanted.raise();
+            if !self.space.is_exhausted() {
+                self.supply.wanted.raise();
+            }
             self.supply.lent.wait(seen, left);
         }
     }

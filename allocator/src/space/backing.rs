@@ -138,7 +138,8 @@ impl State {
         match backing {
             Backing::Extent(_) => {
                 granule.idle_since = tick;
-                self.usage.extent_live -= bytes;
+                // In a child that lost its extents they count for nothing.
+                self.usage.extent_live = self.usage.extent_live.saturating_sub(bytes);
                 if empty && !in_flight {
                     self.usage.idle += GRANULE as u64;
                 }

@@ -390,7 +390,8 @@ impl Space {
         out
     }
 
-    /// Offsets of lent granules that hold something live, for a refusal.
+    /// Bytes of lent granules, inside `wanted` or anywhere if that is empty,
+    /// that hold something live.
     pub fn live_bytes_in(&self, wanted: &[WindowRange]) -> u64 {
         let state = self.state.lock();
         let live = (0..state.high).filter(|&i| {

@@ -138,12 +138,14 @@ impl Space {
         (picked.len > 0).then_some(picked)
     }
 
-    /// Granules in DRAM for want of extents.
+    /// Granules in DRAM for want of extents, which could move.
     pub fn displaced(&self) -> usize {
         let state = self.state.lock();
         let displaced = |&index: &usize| {
             let granule = state.granule(index);
-            granule.tier == Tier::Extent && granule.backing == Backing::Dram && !granule.by_choice
+            granule.tier == Tier::Extent
+                && granule.backing == Backing::Dram
+                && !(granule.by_choice || granule.refused || granule.in_flight)
         };
         (0..state.high).filter(displaced).count()
     }

@@ -44,21 +44,20 @@ forward! {
     fn malloc_stats_print(write: WriteText, opaque: *mut c_void, options: *const c_char);
 }
 
-/// An allocation with flags. Those that leave the arena to us wait for
-/// capacity as `malloc` does.
+/// An allocation with flags. Those that leave the arena to us go where
+/// `malloc` goes.
 ///
 /// # Safety
 /// As jemalloc(3) says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mallocx(size: usize, flags: c_int) -> *mut c_void {
-    // SAFETY: the caller's promise, passed on.
-    let ptr = unsafe { je::mallocx(size, flags) };
-    if !ptr.is_null() || names_arena(flags) {
-        return ptr;
+    let heap = &dcmalloc::process::HEAP;
+    if names_arena(flags) || size < heap.direct_below() {
+        // SAFETY: the caller's promise, passed on.
+        return unsafe { je::mallocx(size, flags) };
     }
     let zero = flags & je::MALLOCX_ZERO != 0;
-    crate::standard::keep_errno(|| dcmalloc::process::HEAP.allocate(size, align(flags), zero))
-        .cast()
+    crate::standard::keep_errno(|| heap.allocate(size, align(flags), zero)).cast()
 }
 
 /// A change of size with flags; as [`mallocx`].
@@ -67,13 +66,15 @@ pub unsafe extern "C" fn mallocx(size: usize, flags: c_int) -> *mut c_void {
 /// As jemalloc(3) says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn rallocx(ptr: *mut c_void, size: usize, flags: c_int) -> *mut c_void {
-    // SAFETY: the caller's promise, passed on.
-    let new = unsafe { je::rallocx(ptr, size, flags) };
-    if !new.is_null() || names_arena(flags) || flags & je::MALLOCX_ZERO != 0 {
-        return new;
+    let heap = &dcmalloc::process::HEAP;
+    let zero = flags & je::MALLOCX_ZERO != 0;
+    if names_arena(flags) || zero || size < heap.direct_below() {
+        // SAFETY: the caller's promise, passed on.
+        return unsafe { je::rallocx(ptr, size, flags) };
     }
-    // SAFETY: a failed call left the block as it was.
-    unsafe { dcmalloc::process::HEAP.reallocate(ptr.cast(), size, align(flags)) }.cast()
+    // SAFETY: the caller's promise, passed on.
+    let resize = || unsafe { heap.reallocate(ptr.cast(), size, align(flags)) };
+    crate::standard::keep_errno(resize).cast()
 }
 
 /// The arena is named in the bits from 20 on.

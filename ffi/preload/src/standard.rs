@@ -11,7 +11,7 @@ use core::ptr::null_mut;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use dcmalloc::process::HEAP;
 
-/// Alignment of `max_align_t`: what every block of 16 bytes or more has.
+/// No alignment of its own: the engine aligns blocks of 16 bytes and more to 16.
 const NATURAL: usize = 1;
 
 /// Runs `f` and puts `errno` back as it was.
