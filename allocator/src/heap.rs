@@ -143,8 +143,7 @@ impl Heap {
         unsafe { self.space.open_window(addr, len) }?;
         self.service.start(self, source)?;
         self.expect_extents();
-        let tier = Tier::Extent;
-        if self.config().placement.tier(MAX_REQUEST) == tier {
+        if self.config().placement.bound_tier() == Tier::Extent {
             self.wait_for_extents(1, ANSWER_WITHIN);
         }
         Ok(())

@@ -254,7 +254,7 @@ impl Space {
         }
         let dram_allowed =
             state.extents_closed || dram && self.dram_when_exhausted.load(Ordering::Relaxed);
-        let run = state.alloc_across(tier, pages, align.max(GRANULE) / GRANULE, dram_allowed);
+        let run = state.alloc_across(tier, pages, align / PAGE, dram_allowed);
         if state.short_of() > 0 {
             let _ = self
                 .low

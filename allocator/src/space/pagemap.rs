@@ -90,6 +90,14 @@ impl PageMap {
         longest
     }
 
+    /// How many pages at the end are not in the set.
+    pub fn free_end(&self) -> usize {
+        let last = self.0.iter().rposition(|&word| word != 0);
+        last.map_or(PAGES_PER_GRANULE, |word| {
+            (WORDS - 1 - word) * 64 + self.0[word].leading_zeros() as usize
+        })
+    }
+
     fn next_clear(&self, from: usize) -> usize {
         self.next(from, u64::MAX)
     }
@@ -154,6 +162,8 @@ mod tests {
             }
             prop_assert_eq!(map.count() as usize, naive.iter().filter(|t| **t).count());
             prop_assert_eq!(map.first_gap(len, 1 << shift), naive_gap(&naive, len, 1 << shift));
+            let free = naive.iter().rev().take_while(|taken| !**taken).count();
+            prop_assert_eq!(map.free_end(), free);
             let longest = map.longest_gap();
             prop_assert!(longest == 0 || naive_gap(&naive, longest, 1).is_some());
             prop_assert!(longest == 512 || naive_gap(&naive, longest + 1, 1).is_none());

@@ -167,7 +167,8 @@ impl State {
         }
     }
 
-    /// A run that begins with a granule in which nothing is live.
+    /// A run over several granules, of which all but the first have nothing
+    /// live: it begins where the free end of one does, or with an empty one.
     pub(super) fn alloc_across(
         &mut self,
         tier: Tier,
@@ -175,9 +176,21 @@ impl State {
         align: usize,
         dram_allowed: bool,
     ) -> Option<Run> {
-        let count = pages.div_ceil(PAGES_PER_GRANULE);
-        let first = self.find_empty(tier, count, align)?;
-        let new = (first..first + count)
+        let tail = if align <= 1 {
+            self.find_tail(tier, pages)
+        } else {
+            None
+        };
+        let (first, start) = match tail {
+            Some(place) => place,
+            None => {
+                let count = pages.div_ceil(PAGES_PER_GRANULE);
+                let granules = align.div_ceil(PAGES_PER_GRANULE).max(1);
+                (self.find_empty(tier, count, granules)?, 0)
+            }
+        };
+        let end = first + (start + pages).div_ceil(PAGES_PER_GRANULE);
+        let new = (first..end)
             .filter(|&i| i >= self.high || self.granule(i).backing == Backing::None)
             .count();
         if tier == Tier::Extent
@@ -186,25 +199,57 @@ impl State {
         {
             return None;
         }
-        while self.high < first + count {
-            // SAFETY: `find_empty` stays within `granules`.
+        while self.high < end {
+            // SAFETY: a place is found within `granules`.
             unsafe { *self.table.add(self.high) = Granule::NEW };
             self.high += 1;
         }
-        if !self.back_run(first..first + count, tier, dram_allowed) {
+        if !self.back_run(first..end, tier, dram_allowed) {
             return None;
         }
-        let mut zeroed = true;
-        let mut left = pages;
-        for index in first..first + count {
-            let pages = left.min(PAGES_PER_GRANULE);
-            zeroed &= self.take_pages(index, 0, pages);
+        let (mut zeroed, mut left, mut from) = (true, pages, start);
+        for index in first..end {
+            let pages = left.min(PAGES_PER_GRANULE - from);
+            zeroed &= self.take_pages(index, from, pages);
             left -= pages;
+            from = 0;
         }
         Some(Run {
-            addr: self.addr(first),
+            addr: self.addr(first) + start * PAGE,
             zeroed,
         })
+    }
+
+    /// The lowest granule whose free end, and empty ones after it, hold a run
+    /// of more than a granule: that granule, and the page to begin with. It
+    /// saves half a granule for each block of a few MiB.
+    fn find_tail(&self, tier: Tier, pages: usize) -> Option<(usize, usize)> {
+        if pages < PAGES_PER_GRANULE {
+            return None;
+        }
+        (0..self.high).find_map(|index| {
+            let gap = self.gaps(tier)[index];
+            let free = if gap > 0 {
+                self.granule(index).live.free_end()
+            } else {
+                0
+            };
+            let after = pages.saturating_sub(free).div_ceil(PAGES_PER_GRANULE);
+            let rest = index + 1..index + 1 + after;
+            let fits = (1..PAGES_PER_GRANULE).contains(&free)
+                && rest.end <= self.granules
+                && rest.clone().all(|index| self.is_empty(tier, index));
+            fits.then_some((index, PAGES_PER_GRANULE - free))
+        })
+    }
+
+    /// Whether a granule may serve a tier and nothing of it is in use.
+    fn is_empty(&self, tier: Tier, index: usize) -> bool {
+        index >= self.high || {
+            let granule = self.granule(index);
+            granule.backing == Backing::None
+                || (granule.tier == tier && !granule.in_flight && granule.live.is_empty())
+        }
     }
 
     /// Of `new` granules, how many at least the interleaving makes DRAM.
@@ -215,20 +260,16 @@ impl State {
     /// The lowest run of `count` granules with nothing live, of which the
     /// first has an index whose address is a multiple of `align` granules.
     fn find_empty(&self, tier: Tier, count: usize, align: usize) -> Option<usize> {
-        let usable = |index: usize| {
-            index >= self.high || {
-                let granule = self.granule(index);
-                let empty = granule.tier == tier && !granule.in_flight && granule.live.is_empty();
-                granule.backing == Backing::None || (empty && !self.is_closed(index))
-            }
-        };
         let step = |index: usize| {
             let place = self.base / GRANULE + index;
             place.next_multiple_of(align) - self.base / GRANULE
         };
         let mut first = step(0);
         while first.checked_add(count)? <= self.granules {
-            match (first..first + count).rev().find(|&index| !usable(index)) {
+            match (first..first + count)
+                .rev()
+                .find(|&index| !self.is_empty(tier, index))
+            {
                 None => return Some(first),
                 Some(taken) => first = step(taken + 1),
             }
@@ -237,10 +278,10 @@ impl State {
     }
 
     /// How many granules should be unused, so that the hooks find one without
-    /// waiting: a sixteenth of those in use, and one.
+    /// waiting: a sixteenth of those in use, and one; none if none is in use.
     fn reserve(&self) -> usize {
         let used = (self.usage.extent_held - self.usage.idle) as usize / GRANULE;
-        (used / 16 + 1).min(RESERVE_MAX)
+        (used.div_ceil(16)).min(RESERVE_MAX)
     }
 
     fn idle(&self) -> usize {
