@@ -323,7 +323,7 @@ impl Heap {
     /// are none.
     #[cold]
     fn serve_short(&'static self, size: usize, attempt: impl Fn() -> *mut u8) -> *mut u8 {
-        let granules = size / GRANULE + 1;
+        let granules = size.div_ceil(GRANULE);
         let policy = self.config().on_exhausted;
         let patience = match policy {
             OnExhausted::Wait(ms) => Duration::from_millis(u64::from(ms)),

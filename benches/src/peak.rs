@@ -1,6 +1,7 @@
 //! What a running program's memory costs, sampled from outside.
 //!
-//! DRAM is `RssAnon + RssFile` of /proc/PID/status (proc(5)). Extents are mapped shared and would show in
+//! DRAM is `RssAnon + RssFile` of /proc/PID/status (proc(5)), or, for a program that maps no shared memory,
+//! the kernel's own high-water mark (`VmHWM`), which no sampling can miss. Extents are mapped shared and would show in
 //! `RssShmem` page by page; what counts for them is what the program *holds*, whole granules, and that
 //! number comes from dcmalloc's own statistics. So no byte is counted twice.
 
@@ -79,6 +80,9 @@ fn children(pid: u32) -> Vec<u32> {
 
 fn dram_bytes(pid: u32) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    if status_bytes(&status, "RssShmem:") == Some(0) {
+        return status_bytes(&status, "VmHWM:");
+    }
     Some(status_bytes(&status, "RssAnon:")? + status_bytes(&status, "RssFile:")?)
 }
 

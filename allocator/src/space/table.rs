@@ -278,10 +278,10 @@ impl State {
     }
 
     /// How many granules should be unused, so that the hooks find one without
-    /// waiting: a sixteenth of those in use, and one; none if none is in use.
+    /// waiting: one to 32 in use, and at least one unless none is.
     fn reserve(&self) -> usize {
         let used = (self.usage.extent_held - self.usage.idle) as usize / GRANULE;
-        (used.div_ceil(16)).min(RESERVE_MAX)
+        (used.div_ceil(32)).min(RESERVE_MAX)
     }
 
     fn idle(&self) -> usize {
