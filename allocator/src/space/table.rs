@@ -229,7 +229,12 @@ impl State {
         }
         (0..self.high).find_map(|index| {
             let gap = self.gaps(tier)[index];
-            let free = if gap > 0 {
+            // What asks for extents does not begin on a stopgap in DRAM.
+            let right = gap > 0
+                && !self.is_closed(index)
+                && (tier == Tier::Dram
+                    || matches!(self.granule(index).backing, Backing::Extent(_)));
+            let free = if right {
                 self.granule(index).live.free_end()
             } else {
                 0
@@ -247,8 +252,8 @@ impl State {
     fn is_empty(&self, tier: Tier, index: usize) -> bool {
         index >= self.high || {
             let granule = self.granule(index);
-            granule.backing == Backing::None
-                || (granule.tier == tier && !granule.in_flight && granule.live.is_empty())
+            let empty = granule.tier == tier && !granule.in_flight && granule.live.is_empty();
+            granule.backing == Backing::None || (empty && !self.is_closed(index))
         }
     }
 
