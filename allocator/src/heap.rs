@@ -30,8 +30,8 @@ const IO_ALIGN: usize = 512;
 /// jemalloc's own default, for DRAM.
 const DRAM_DECAY_MS: isize = 10_000;
 /// How long a small allocation waits for granules that have been asked for:
-/// some ten times what a broker takes.
-const ON_ITS_WAY_MS: u32 = 5;
+/// a broker takes a tenth of a millisecond, its turn on a busy processor longer.
+const ON_ITS_WAY_MS: u32 = 20;
 /// How long an allocation waits for an answer of a source that has not said
 /// that it is exhausted. A broker answers in well under a millisecond; this
 /// only bounds what a broker that hangs can do to a program.
@@ -189,6 +189,11 @@ impl Heap {
 
     pub(crate) fn wanted(&self) -> &Signal {
         &self.supply.wanted
+    }
+
+    /// Granules that waiting threads lack.
+    pub(crate) fn demand(&self) -> &AtomicUsize {
+        &self.supply.demand
     }
 
     /// Raised whenever the source has answered.
@@ -364,9 +369,6 @@ impl Heap {
             // Said each time round, since another thread may have taken what
             // came; but while there is none, only news of more is waited for.
             let ask = !self.space.is_exhausted();
-            if ask {
-                self.service.want(granules);
-            }
             if !self.service.is_running() {
                 self.space.set_exhausted(true);
             }
@@ -383,7 +385,7 @@ impl Heap {
                 return false;
             }
             if ask {
-                self.supply.wanted.raise();
+                self.supply.want(granules);
             }
             self.supply.lent.wait(seen, left);
         }

@@ -6,7 +6,7 @@
 
 use core::ffi::c_void;
 use core::ptr::null_mut;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use core::time::Duration;
 use rustix::io::Errno;
 use std::time::Instant;
@@ -51,8 +51,6 @@ pub(crate) struct Service {
     running: AtomicBool,
     source: Lock<Option<&'static dyn ExtentSource>>,
     adopted: Signal,
-    /// Granules that waiting threads lack.
-    demand: AtomicUsize,
     /// The source has said that it has capacity again.
     plenty: AtomicBool,
     /// A request is on its way to the source.
@@ -87,7 +85,6 @@ impl Service {
             running: AtomicBool::new(false),
             source: Lock::new(None),
             adopted: Signal::new(),
-            demand: AtomicUsize::new(0),
             plenty: AtomicBool::new(false),
             asked: AtomicBool::new(false),
             recalls: Lock::new([None; RECALLS]),
@@ -183,11 +180,6 @@ impl Service {
 
     pub(crate) fn is_running(&self) -> bool {
         self.running.load(Ordering::Acquire)
-    }
-
-    /// Notes that a thread lacks granules.
-    pub(crate) fn want(&self, granules: usize) {
-        self.demand.fetch_max(granules, Ordering::AcqRel);
     }
 
     /// Gives back all that is unused, the reserve included, and returns when
@@ -369,7 +361,7 @@ impl Service {
     /// Asks for what waiting threads lack and, if `reserve`, for what the
     /// reserve lacks.
     fn ask(&self, heap: &Heap, source: &dyn ExtentSource, reserve: bool) {
-        let demand = self.demand.swap(0, Ordering::AcqRel);
+        let demand = heap.demand().swap(0, Ordering::AcqRel);
         let short = demand.saturating_sub(heap.space().idle_granules());
         let reserve = reserve && !heap.space().is_exhausted();
         let mut ask = short;
@@ -386,7 +378,7 @@ impl Service {
                 heap.lent().raise();
             }
         } else if self.asked.swap(true, Ordering::AcqRel) {
-            self.want(demand);
+            heap.demand().fetch_max(demand, Ordering::AcqRel);
         } else if !source.request((ask * GRANULE) as u64) {
             self.closed(heap);
         }
@@ -457,12 +449,15 @@ extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
         if service.plenty.swap(false, Ordering::AcqRel) {
             restraint = 0;
         }
+        while let Some(recall) = service.take_recall() {
+            // What threads lacked may be met by now; who still waits says so.
+            heap.demand().store(0, Ordering::Release);
+            service.answer(heap, source, &recall, &mut evacuator);
+            heap.lent().raise();
+            restraint = RESTRAINT;
+        }
         if service.is_running() {
             service.ask(heap, source, restraint == 0);
-        }
-        while let Some(recall) = service.take_recall() {
-            service.answer(heap, source, &recall, &mut evacuator);
-            restraint = RESTRAINT;
         }
         let patience = if quiet > 20 { TICK_QUIET } else { TICK };
         heap.wanted()

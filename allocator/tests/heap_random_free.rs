@@ -35,6 +35,8 @@ fn a_recall_of_scattered_objects_copies_what_is_live() {
         placement: Placement::Dc,
         on_exhausted: OnExhausted::Dram,
         decay_ms: 20,
+        // Nothing comes back while it is counted.
+        promote: 0,
         ..Config::DEFAULT
     }));
     HEAP.attach(source).unwrap();

@@ -8,12 +8,12 @@
 use core::cell::Cell;
 use core::ffi::{c_uint, c_void};
 use core::ptr::null_mut;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use core::time::Duration;
 use std::time::Instant;
 use tikv_jemalloc_sys as je;
 
-use crate::space::{Run, Space, Tier};
+use crate::space::{GRANULE, Run, Space, Tier};
 use crate::sync::Signal;
 
 /// Bytes of pages that jemalloc took from the kernel before it had hooks, and
@@ -58,6 +58,8 @@ pub struct Hooks {
 pub struct Supply {
     /// Raised when few unused granules are left, or none.
     pub wanted: Signal,
+    /// Granules that a thread waits for.
+    pub demand: AtomicUsize,
     /// Raised when some were lent, or the lender has no more.
     pub lent: Signal,
     /// Milliseconds to wait for granules on their way.
@@ -71,10 +73,19 @@ impl Supply {
     pub const fn new() -> Self {
         Self {
             wanted: Signal::new(),
+            demand: AtomicUsize::new(0),
             lent: Signal::new(),
             patience_ms: AtomicU32::new(0),
             insist: AtomicBool::new(false),
         }
+    }
+}
+
+impl Supply {
+    /// Calls for granules that a thread waits for.
+    pub fn want(&self, granules: usize) {
+        self.demand.fetch_max(granules, Ordering::AcqRel);
+        self.wanted.raise();
     }
 }
 
@@ -138,7 +149,7 @@ impl Hooks {
                 return self.space.alloc(Tier::Extent, size, alignment, true);
             }
             if !self.space.is_exhausted() {
-                self.supply.wanted.raise();
+                self.supply.want(size.div_ceil(GRANULE));
             }
             self.supply.lent.wait(seen, left);
         }

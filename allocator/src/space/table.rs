@@ -282,11 +282,12 @@ impl State {
         None
     }
 
-    /// How many granules should be unused, so that the hooks find one without
-    /// waiting: one to 32 in use, and at least one unless none is.
+    /// How many granules should be unused, so that the hooks of a large heap
+    /// find one without waiting: one to 32 in use. A small heap waits, because
+    /// there one granule is a large part of it.
     fn reserve(&self) -> usize {
         let used = (self.usage.extent_held - self.usage.idle) as usize / GRANULE;
-        (used.div_ceil(32)).min(RESERVE_MAX)
+        (used / 32).min(RESERVE_MAX)
     }
 
     fn idle(&self) -> usize {
