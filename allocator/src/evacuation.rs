@@ -92,9 +92,9 @@ impl Evacuator {
         done
     }
 
-    /// Moves everything off extents, into as much DRAM as it takes; whether
-    /// nothing is left there.
-    pub(crate) fn clear(&mut self, heap: &Heap, source: &dyn ExtentSource) -> bool {
+    /// Moves everything off extents that can be moved, into as much DRAM as it
+    /// takes.
+    pub(crate) fn clear(&mut self, heap: &Heap, source: &dyn ExtentSource) {
         heap.space().forgive();
         let leaving = Leaving {
             wanted: &[],
@@ -106,7 +106,6 @@ impl Evacuator {
             let moved = self.carry_out(heap, source, picked);
             heap.note_evacuated(moved.granules());
         }
-        !heap.space().extents_in_use()
     }
 
     /// Moves some granules that are in DRAM for want of extents to unused

@@ -179,16 +179,6 @@ impl Space {
         }
     }
 
-    /// Whether a granule on an extent is in flight or holds something live.
-    pub fn extents_in_use(&self) -> bool {
-        let state = self.state.lock();
-        (0..state.high).any(|index| {
-            let granule = state.granule(index);
-            granule.in_flight
-                || (matches!(granule.backing, Backing::Extent(_)) && !granule.live.is_empty())
-        })
-    }
-
     /// Gives what was allocated before there was a source to the DRAM tier:
     /// the stacks and tables of the heap's own threads are among it, and must
     /// never be behind a placeholder.
