@@ -1,0 +1,159 @@
+//! The heap's own two threads: they keep unused granules ready, hear recalls,
+//! let freed pages decay and return what is unused.
+//!
+//! The *worker* asks and returns, the *listener* hears. Neither is started
+//! inside `malloc`, both block every signal, and neither allocates.
+
+mod answering;
+mod asking;
+mod standing;
+mod threads;
+
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::time::Duration;
+use rustix::io::Errno;
+
+use crate::heap::Heap;
+use crate::source::{ExtentSource, Recall};
+use crate::stats::{Stalls, Stats};
+use crate::sync::{Lock, Signal};
+
+/// The clock of a busy heap, and of one in which nothing changes.
+pub(crate) const TICK: Duration = Duration::from_millis(50);
+const TICK_QUIET: Duration = Duration::from_millis(500);
+/// Recalls that wait for the worker; a broker sends one at a time.
+const RECALLS: usize = 8;
+/// What the two threads share with the heap.
+pub(crate) struct Service {
+    /// The worker is there, and stays: it is needed for forks even when there
+    /// is nobody to talk to.
+    alive: AtomicBool,
+    /// The source answers.
+    running: AtomicBool,
+    source: Lock<Option<&'static dyn ExtentSource>>,
+    adopted: Signal,
+    /// The source has said that it has capacity again.
+    plenty: AtomicBool,
+    /// A request is on its way to the source.
+    asked: AtomicBool,
+    recalls: Lock<[Option<Recall>; RECALLS]>,
+    /// Somebody waits for all that is unused to be given back.
+    trim: AtomicBool,
+    grants: AtomicU64,
+    returned: AtomicU64,
+    recalled: [AtomicU64; 4],
+    /// `RUNNING`, or what a fork wants of the worker.
+    fork: AtomicU32,
+    /// Raised when `fork` changes.
+    forking: Signal,
+    /// Live granules can be moved.
+    moves: AtomicBool,
+    stalls: Lock<Stalls>,
+}
+
+/// Values of [`Service::fork`].
+const RUNNING: u32 = 0;
+const STOP: u32 = 1;
+const STOPPED: u32 = 2;
+
+impl Service {
+    pub(crate) const fn new() -> Self {
+        Self {
+            alive: AtomicBool::new(false),
+            running: AtomicBool::new(false),
+            source: Lock::new(None),
+            adopted: Signal::new(),
+            plenty: AtomicBool::new(false),
+            asked: AtomicBool::new(false),
+            recalls: Lock::new([None; RECALLS]),
+            trim: AtomicBool::new(false),
+            grants: AtomicU64::new(0),
+            returned: AtomicU64::new(0),
+            recalled: [const { AtomicU64::new(0) }; 4],
+            fork: AtomicU32::new(RUNNING),
+            forking: Signal::new(),
+            moves: AtomicBool::new(false),
+            stalls: Lock::new(Stalls::NONE),
+        }
+    }
+
+    /// Starts the threads and waits until the worker has the source's
+    /// descriptors in a table of its own.
+    pub(crate) fn start(
+        &self,
+        heap: &'static Heap,
+        source: &'static dyn ExtentSource,
+    ) -> Result<(), Errno> {
+        *self.source.lock() = Some(source);
+        self.running.store(true, Ordering::Release);
+        self.alive.store(true, Ordering::Release);
+        let seen = self.adopted.read();
+        if let Err(error) = threads::spawn(threads::worker, heap) {
+            self.forget();
+            return Err(error);
+        }
+        while self.adopted.read() == seen {
+            self.adopted.wait(seen, Duration::from_secs(1));
+        }
+        source.thread_adopted();
+        // From here on nothing that the threads need can land on an extent.
+        heap.space().settle();
+        heap.space().set_exhausted(false);
+        Ok(())
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// In a child: there are no threads, and the source is the parent's.
+    pub(crate) fn forget(&self) {
+        self.running.store(false, Ordering::Release);
+        self.alive.store(false, Ordering::Release);
+        // A thread of the parent may have held these when the child was made.
+        // SAFETY: the child has one thread, and it holds neither.
+        unsafe {
+            self.source.force_unlock();
+            self.recalls.force_unlock();
+            self.stalls.force_unlock();
+        }
+        *self.source.lock() = None;
+    }
+
+    fn source(&self) -> Option<&'static dyn ExtentSource> {
+        *self.source.lock()
+    }
+
+    /// Adds what was counted here.
+    pub(crate) fn count(&self, stats: &mut Stats) {
+        stats.grants = self.grants.load(Ordering::Relaxed);
+        stats.returned = self.returned.load(Ordering::Relaxed);
+        let [recalls, asked, back, refused] =
+            [0, 1, 2, 3].map(|i| self.recalled[i].load(Ordering::Relaxed));
+        stats.recalls = recalls;
+        stats.recall_asked = asked;
+        stats.recall_returned = back;
+        stats.recall_refused = refused;
+        stats.moves_live = self.moves.load(Ordering::Relaxed);
+        stats.stalls = *self.stalls.lock();
+    }
+
+    pub(crate) fn publish(&self, heap: &'static Heap) {
+        if self.is_running()
+            && let Some(source) = self.source()
+        {
+            source.publish(&heap.stats());
+        }
+    }
+
+    fn take_recall(&self) -> Option<Recall> {
+        self.recalls.lock().iter_mut().find_map(Option::take)
+    }
+
+    fn closed(&self, heap: &Heap) {
+        self.running.store(false, Ordering::Release);
+        heap.space().set_exhausted(true);
+        heap.expect_none();
+        heap.lent().raise();
+    }
+}

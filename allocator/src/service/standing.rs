@@ -1,0 +1,72 @@
+//! Standing still for a fork: everything live is moved off extents, and the
+//! worker waits until the child is made.
+#![forbid(unsafe_code)]
+
+use core::sync::atomic::Ordering;
+use core::time::Duration;
+use std::time::Instant;
+
+use super::{RUNNING, STOP, STOPPED, Service, TICK_QUIET};
+use crate::evacuation::Evacuator;
+use crate::heap::Heap;
+use crate::source::ExtentSource;
+
+/// A fork does not wait for longer than this for extents to be emptied: a GiB
+/// takes a second at worst.
+const FORK_PATIENCE: Duration = Duration::from_secs(60);
+
+impl Service {
+    /// Empties every extent of the heap into DRAM and holds the worker, so
+    /// that a child made now inherits all of the heap, and no granule in
+    /// flight. Until [`Service::resume`] new granules are DRAM.
+    pub(crate) fn stop(&self, heap: &Heap) {
+        if !self.alive.load(Ordering::Acquire) || !self.moves.load(Ordering::Acquire) {
+            return;
+        }
+        heap.space().set_extents_closed(true);
+        self.fork.store(STOP, Ordering::Release);
+        heap.wanted().raise();
+        let deadline = Instant::now() + FORK_PATIENCE;
+        while self.fork.load(Ordering::Acquire) == STOP {
+            let seen = self.forking.read();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.fork.load(Ordering::Acquire) != STOP || left.is_zero() {
+                break;
+            }
+            self.forking.wait(seen, left);
+        }
+    }
+
+    /// Ends what [`Service::stop`] began, in the parent.
+    pub(crate) fn resume(&self, heap: &Heap) {
+        self.fork.store(RUNNING, Ordering::Release);
+        self.forking.raise();
+        heap.space().set_extents_closed(false);
+    }
+
+    /// The worker's side of [`Service::stop`].
+    pub(super) fn stand_still(
+        &self,
+        heap: &Heap,
+        source: &dyn ExtentSource,
+        evacuator: &mut Option<Evacuator>,
+    ) -> bool {
+        if self.fork.load(Ordering::Acquire) != STOP {
+            return false;
+        }
+        if let Some(evacuator) = evacuator {
+            evacuator.clear(heap, source);
+        }
+        let _ = self
+            .fork
+            .compare_exchange(STOP, STOPPED, Ordering::AcqRel, Ordering::Relaxed);
+        self.forking.raise();
+        while self.fork.load(Ordering::Acquire) == STOPPED {
+            let seen = self.forking.read();
+            if self.fork.load(Ordering::Acquire) == STOPPED {
+                self.forking.wait(seen, TICK_QUIET);
+            }
+        }
+        true
+    }
+}

@@ -1,0 +1,164 @@
+//! The worker and the listener.
+
+use core::ffi::c_void;
+use core::ptr::null_mut;
+use core::sync::atomic::Ordering;
+use core::time::Duration;
+use rustix::io::Errno;
+use std::time::Instant;
+
+use super::{TICK, TICK_QUIET};
+use crate::engine;
+use crate::evacuation::Evacuator;
+use crate::heap::Heap;
+use crate::source::Event;
+
+/// For so many ticks after a recall the reserve is not filled up again, unless
+/// the source says that it has more: what was just given back is not asked for
+/// in the same breath.
+const RESTRAINT: u32 = 20;
+/// Room for the thread-locals of the program and its libraries, which share
+/// the stack's mapping, besides a few pages of our own.
+const STACK: usize = 512 << 10;
+
+/// Starts a thread of this service. `pthread_create` allocates, so this is
+/// never called inside `malloc`; the heap works without the thread meanwhile.
+pub(super) fn spawn(
+    main: extern "C" fn(*mut c_void) -> *mut c_void,
+    heap: &'static Heap,
+) -> Result<(), Errno> {
+    // SAFETY: plain libc calls on values that live here; the thread gets a
+    // reference that lives for ever.
+    let code = unsafe {
+        let mut attr = core::mem::zeroed();
+        libc::pthread_attr_init(&mut attr);
+        libc::pthread_attr_setstacksize(&mut attr, STACK);
+        libc::pthread_attr_setdetachstate(&mut attr, libc::PTHREAD_CREATE_DETACHED);
+        let (mut all, mut before) = (core::mem::zeroed(), core::mem::zeroed());
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let mut thread = 0;
+        let argument = (heap as *const Heap).cast_mut().cast();
+        let code = libc::pthread_create(&mut thread, &attr, main, argument);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, null_mut());
+        libc::pthread_attr_destroy(&mut attr);
+        code
+    };
+    if code == 0 {
+        Ok(())
+    } else {
+        Err(Errno::from_raw_os_error(code))
+    }
+}
+
+pub(super) extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
+    // SAFETY: `spawn` passed a heap that lives for ever.
+    let heap: &'static Heap = unsafe { &*heap.cast::<Heap>() };
+    let service = heap.service();
+    let Some(source) = service.source() else {
+        return null_mut();
+    };
+    let _ = rustix::thread::set_name(c"dcmalloc");
+    source.adopt_thread();
+    let mut evacuator = Evacuator::start(source);
+    service.moves.store(evacuator.is_some(), Ordering::Release);
+    // Without it nothing would be heard; then the heap has no source.
+    if spawn(listener, heap).is_err() {
+        service.closed(heap);
+    }
+    service.adopted.raise();
+    let (mut quiet, mut restraint) = (0, 0u32);
+    let mut before = heap.space().usage();
+    let mut last_tick = Instant::now();
+    loop {
+        let seen = heap.wanted().read();
+        if service.stand_still(heap, source, &mut evacuator) || service.trimmed(heap, source) {
+            restraint = RESTRAINT;
+        }
+        if service.plenty.swap(false, Ordering::AcqRel) {
+            restraint = 0;
+        }
+        while let Some(recall) = service.take_recall() {
+            // What threads lacked may be met by now; who still waits says so.
+            heap.demand().store(0, Ordering::Release);
+            service.answer(heap, source, &recall, &mut evacuator);
+            heap.lent().raise();
+            restraint = RESTRAINT;
+        }
+        if service.is_running() {
+            service.ask(heap, source, restraint == 0);
+        }
+        let patience = if quiet > 20 { TICK_QUIET } else { TICK };
+        heap.wanted()
+            .wait(seen, patience.saturating_sub(last_tick.elapsed()));
+        // A clock of its own: how often somebody calls is no measure of time.
+        if last_tick.elapsed() < TICK {
+            continue;
+        }
+        last_tick = Instant::now();
+        restraint = restraint.saturating_sub(1);
+        heap.space().tick();
+        heap.extent_arenas().for_each(engine::decay);
+        if service.is_running() {
+            if restraint == 0
+                && let Some(evacuator) = &mut evacuator
+            {
+                evacuator.bring_back(heap, source);
+            }
+            service.give_back_surplus(heap, source);
+        }
+        let now = heap.space().usage();
+        quiet = if now == before { quiet + 1 } else { 0 };
+        before = now;
+        source.publish(&heap.stats());
+    }
+}
+
+extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
+    // SAFETY: `spawn` passed a heap that lives for ever.
+    let heap: &'static Heap = unsafe { &*heap.cast::<Heap>() };
+    let service = heap.service();
+    let Some(source) = service.source() else {
+        return null_mut();
+    };
+    let _ = rustix::thread::set_name(c"dcmalloc-hear");
+    while service.is_running() {
+        match source.next_event(Duration::from_secs(3600)) {
+            Event::Granted {
+                ranges,
+                exhausted,
+                last,
+            } => {
+                heap.space().lend(&ranges);
+                if last {
+                    heap.space().set_exhausted(exhausted);
+                    service.asked.store(false, Ordering::Release);
+                }
+                if !ranges.is_empty() {
+                    service.grants.fetch_add(1, Ordering::Relaxed);
+                }
+                heap.lent().raise();
+            }
+            Event::CapacityAvailable => {
+                service.plenty.store(true, Ordering::Release);
+                heap.space().set_exhausted(false);
+                heap.lent().raise();
+                heap.wanted().raise();
+            }
+            Event::Recall(recall) => {
+                if let Some(free) = service
+                    .recalls
+                    .lock()
+                    .iter_mut()
+                    .find(|slot| slot.is_none())
+                {
+                    *free = Some(recall);
+                }
+                heap.wanted().raise();
+            }
+            Event::Timeout => {}
+            Event::Closed => service.closed(heap),
+        }
+    }
+    null_mut()
+}
