@@ -134,6 +134,10 @@ pub enum Event {
     CapacityAvailable,
     /// Give back.
     Recall(Recall),
+    /// The memory of these granules is gone: the device has taken it. There is
+    /// nothing to copy and nothing to answer. They count as lent until they
+    /// are given back, which says that nothing maps them any more.
+    Lost(Ranges),
     /// Nothing happened in the time given.
     Timeout,
     /// The source is gone; what it lent stays lent.

@@ -52,6 +52,9 @@ pub(crate) struct ReleaseOptions {
     /// How long programs may take to make room, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = 2000)]
     deadline: u64,
+    /// Have the fabric manager take the range at once: programs lose what is in it
+    #[arg(long)]
+    force: bool,
     /// The receipt, as JSON
     #[arg(long)]
     json: bool,
@@ -97,6 +100,7 @@ pub(crate) fn release(options: &ReleaseOptions) -> Result<(), Failure> {
     let request = AdminRequest::Release {
         target: options.target,
         deadline_ms: options.deadline,
+        force: options.force,
     };
     let patience = PATIENCE.saturating_add(Duration::from_millis(options.deadline));
     match ask(options.socket.as_deref(), &request, patience)? {

@@ -172,6 +172,9 @@ impl ExtentSource for BrokerSource {
             },
             Ok(Some(FromBroker::CapacityAvailable)) => Event::CapacityAvailable,
             Ok(Some(FromBroker::Recall {
+                ranges, lost: true, ..
+            })) => Event::Lost(from_wire(ranges.as_slice())),
+            Ok(Some(FromBroker::Recall {
                 id,
                 bytes,
                 deadline,

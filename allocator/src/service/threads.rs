@@ -156,7 +156,8 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
                 }
                 heap.wanted().raise();
             }
-            Event::Timeout => {}
+            // Whoever touches them finds out as the kernel has it.
+            Event::Lost(_) | Event::Timeout => {}
             Event::Closed => service.closed(heap),
         }
     }

@@ -15,8 +15,8 @@ use crate::address::DpaRange;
 use crate::capacity::DeviceEvent;
 use crate::extent::{Extent, ExtentTag};
 
-/// How long an offer may take to arrive as an event of the device.
-const OFFER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long an offer, or a forced release, may take to arrive as an event of the device.
+pub(super) const OFFER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// An offer made for an operator who waits for what comes of it.
 #[derive(Debug)]

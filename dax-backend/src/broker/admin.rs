@@ -49,6 +49,9 @@ pub enum AdminRequest {
         target: ReleaseTarget,
         /// How long clients may take, in ms.
         deadline_ms: u64,
+        /// Have the orchestrator take it at once, whoever uses it: only ranges.
+        #[serde(default)]
+        force: bool,
     },
 }
 

@@ -4,6 +4,10 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use super::adding::OFFER_PATIENCE;
+use super::admin::AdminReply;
+use super::connection::ConnectionId;
+use super::handover::describe;
 use super::lease::ClientId;
 use super::protocol::{Kind, MAX_RANGES, Message, RECALL_LOST, RefusalReason, WindowRange};
 use super::recall::Target;
@@ -11,7 +15,55 @@ use super::receipt::{DpaSpan, Origin};
 use super::server::Broker;
 use crate::address::DpaRange;
 
+/// Memory that the orchestrator takes for an operator who waits for the receipt.
+#[derive(Debug)]
+pub(super) struct PendingForce {
+    requester: ConnectionId,
+    requested: Instant,
+    range: DpaRange,
+}
+
 impl Broker {
+    /// Has the orchestrator take what an operator names. Everything else is
+    /// as if the fabric manager had done so by itself.
+    pub(super) fn force(&mut self, requester: ConnectionId, target: &Target, now: Instant) {
+        let refused = match (&mut self.orchestrator, target) {
+            (_, Target::Bytes(_)) => {
+                "what is taken by force must be named: a range (0x20000000+256M), not a size"
+                    .to_owned()
+            }
+            (None, _) => "this broker has no orchestrator: only the fabric manager of its device \
+                          can take capacity by force"
+                .to_owned(),
+            (Some(orchestrator), Target::Ranges(ranges)) => {
+                match orchestrator.release(ranges, true) {
+                    Ok(()) => {
+                        self.forces.extend(ranges.iter().map(|range| PendingForce {
+                            requester,
+                            requested: now,
+                            range: *range,
+                        }));
+                        self.stay_busy(now);
+                        return;
+                    }
+                    Err(error) => describe(&error),
+                }
+            }
+        };
+        self.reply(requester, &AdminReply::Error { message: refused }, now);
+    }
+
+    /// Tells operators of forced releases that the device has not announced.
+    pub(super) fn expire_forces(&mut self, now: Instant) {
+        let late = |force: &mut PendingForce| {
+            now.saturating_duration_since(force.requested) >= OFFER_PATIENCE
+        };
+        for force in self.forces.extract_if(.., late).collect::<Vec<_>>() {
+            let message = format!("the device has not said that {} is gone", force.range);
+            self.reply(force.requester, &AdminReply::Error { message }, now);
+        }
+    }
+
     /// The device has taken `ranges`; `lost` were leased. Nobody can be asked,
     /// but everybody concerned is told.
     pub(super) fn taken_by_force(
@@ -52,6 +104,9 @@ impl Broker {
                 self.post(connection, message);
             }
         }
-        self.file_receipt(receipt, None, now);
+        let told = |force: &PendingForce| ranges.iter().any(|range| range.intersects(&force.range));
+        let waiting = self.forces.iter().position(told);
+        let requester = waiting.map(|index| self.forces.swap_remove(index).requester);
+        self.file_receipt(receipt, requester, now);
     }
 }

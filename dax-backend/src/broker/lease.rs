@@ -1,7 +1,8 @@
 //! Who holds which granule: the broker's table of capacity, without any I/O.
 //!
 //! One slot per granule of the window. Slots inside accepted extents go round
-//! `Dirty → Clean → (Warm) → Leased → Dirty`, and leave when the extent does.
+//! `Dirty → Clean → (Warm) → Leased → Dirty`, and leave when the extent does;
+//! what the device takes from under a lease is `Lost` until its holder lets go.
 //! Grants come from the extents that are fullest already, so that the others
 //! stay empty and can be given back whole.
 #![forbid(unsafe_code)]
@@ -29,6 +30,11 @@ pub(super) enum Slot {
     Warm,
     /// Leased.
     Leased(ClientId),
+    /// Taken from under its lease by the device. Until the client says that it
+    /// maps it no more nobody gets it, even if the device lends it anew.
+    Lost(ClientId),
+    /// Accepted, but faults: only the device may have it.
+    Broken,
 }
 
 impl Slot {
@@ -44,6 +50,8 @@ pub(super) struct Counts {
     pub(super) clean: usize,
     pub(super) warm: usize,
     pub(super) leased: usize,
+    pub(super) lost: usize,
+    pub(super) broken: usize,
 }
 
 impl Counts {
@@ -54,6 +62,8 @@ impl Counts {
             Slot::Clean => Some(&mut self.clean),
             Slot::Warm => Some(&mut self.warm),
             Slot::Leased(_) => Some(&mut self.leased),
+            Slot::Lost(_) => Some(&mut self.lost),
+            Slot::Broken => Some(&mut self.broken),
         }
     }
 }
@@ -166,7 +176,7 @@ impl LeaseTable {
         }
         for (index, &fresh) in present.iter().enumerate() {
             match (self.slots[index], fresh) {
-                (Slot::Absent, Slot::Absent) => {}
+                (Slot::Absent, Slot::Absent) | (Slot::Lost(_), _) => {}
                 (Slot::Absent, fresh) => {
                     self.set(index, fresh);
                     synced.gained += GRANULE;
@@ -176,6 +186,7 @@ impl LeaseTable {
                     self.outgoing[index] = false;
                     self.huge[index] = false;
                     if let Slot::Leased(client) = old {
+                        self.set(index, Slot::Lost(client));
                         let gone = range_of(index, 1);
                         match synced.lost.last_mut() {
                             Some((id, last)) if *id == client && last.end() == gone.offset => {
@@ -221,12 +232,13 @@ impl LeaseTable {
         granted
     }
 
-    /// Takes back what `client` returns; all of `range` or nothing.
+    /// Takes back what `client` returns, lost or not; all of `range` or nothing.
+    /// Returns the bytes that were leased.
     pub(super) fn give_back(
         &mut self,
         client: ClientId,
         range: WindowRange,
-    ) -> Result<(), LeaseError> {
+    ) -> Result<u64, LeaseError> {
         let WindowRange { offset, len } = range;
         if !offset.is_multiple_of(GRANULE) || !len.is_multiple_of(GRANULE) || len == 0 {
             return Err(LeaseError::Misaligned { offset, len });
@@ -239,24 +251,21 @@ impl LeaseTable {
         else {
             return Err(LeaseError::Outside { offset, len });
         };
-        if let Some(other) = (first..end).find(|i| self.slots[*i] != Slot::Leased(client)) {
+        let held = [Slot::Leased(client), Slot::Lost(client)];
+        if let Some(other) = (first..end).find(|i| !held.contains(&self.slots[*i])) {
             return Err(LeaseError::NotLeased {
                 offset: range_of(other, 1).offset,
             });
         }
-        for index in first..end {
-            self.release_slot(index);
-        }
-        Ok(())
+        Ok((first..end).map(|index| self.release_slot(index)).sum())
     }
 
     /// Ends all leases of `client`; returns their bytes.
     pub(super) fn end(&mut self, client: ClientId) -> u64 {
         let mut bytes = 0;
         for index in 0..self.slots.len() {
-            if self.slots[index] == Slot::Leased(client) {
-                self.release_slot(index);
-                bytes += GRANULE;
+            if [Slot::Leased(client), Slot::Lost(client)].contains(&self.slots[index]) {
+                bytes += self.release_slot(index);
             }
         }
         bytes
@@ -306,6 +315,15 @@ impl LeaseTable {
                 let kept = self.huge[index];
                 self.set(index, if kept { Slot::Warm } else { Slot::Clean });
             }
+        }
+    }
+
+    /// Notes that the granule at `offset`, which was free, can't be written.
+    pub(super) fn broke(&mut self, offset: u64) {
+        let index = (offset / GRANULE) as usize;
+        if self.slots[index].is_free() {
+            self.set(index, Slot::Broken);
+            self.huge[index] = false;
         }
     }
 
@@ -362,15 +380,19 @@ impl LeaseTable {
         }
     }
 
-    fn release_slot(&mut self, index: usize) {
-        self.set(index, Slot::Dirty);
+    /// Ends the lease of a slot; the bytes that were leased and not lost.
+    fn release_slot(&mut self, index: usize) -> u64 {
+        let was_leased = matches!(self.slots[index], Slot::Leased(_));
         let extent = self
             .extents
             .iter_mut()
             .find(|extent| extent.slots().contains(&index));
-        if let Some(extent) = extent {
+        let accepted = extent.is_some();
+        if let Some(extent) = extent.filter(|_| was_leased) {
             extent.leased -= 1;
         }
+        self.set(index, if accepted { Slot::Dirty } else { Slot::Absent });
+        if was_leased { GRANULE } else { 0 }
     }
 }
 

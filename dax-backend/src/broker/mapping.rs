@@ -1,6 +1,7 @@
 //! The broker's own mapping of the window's file.
 
-use std::os::fd::BorrowedFd;
+use std::fs::File;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 
 use rustix::io::Errno;
@@ -16,6 +17,8 @@ pub(super) struct Mapping {
     reservation: NonNull<u8>,
     /// Start of the window in it, aligned to a granule so that huge pages fit.
     start: NonNull<u8>,
+    /// `/dev/zero`.
+    zeroes: File,
 }
 
 // SAFETY: the pointers stay valid until drop and are only used for raw memory
@@ -30,6 +33,11 @@ impl Mapping {
         if len == 0 || !len.is_multiple_of(GRANULE) {
             return Err(Errno::INVAL);
         }
+        let zeroes = File::open("/dev/zero").map_err(|error| {
+            error
+                .raw_os_error()
+                .map_or(Errno::IO, Errno::from_raw_os_error)
+        })?;
         let size = usize::try_from(len + GRANULE).map_err(|_| Errno::NOMEM)?;
         // SAFETY: a new reservation at an address of the kernel's choice.
         let reserved = unsafe {
@@ -49,6 +57,7 @@ impl Mapping {
             len,
             reservation,
             start,
+            zeroes,
         };
         // SAFETY: replaces part of our own, still unused reservation: `skip +
         // len` is below `len + GRANULE`.
@@ -77,10 +86,32 @@ impl Mapping {
     }
 
     /// Zeroes the granule at `offset`, which is free: no client maps it.
-    pub(super) fn fill_zero(&self, offset: u64) {
-        let granule = self.granule(offset);
-        // SAFETY: one granule of mapped memory that is no Rust object.
-        unsafe { ptr::write_bytes(granule.as_ptr(), 0, GRANULE as usize) };
+    ///
+    /// The kernel writes it, by a read of `/dev/zero`: where the memory is
+    /// poisoned or gone that is an error, and not a SIGBUS (read(2), `EFAULT`).
+    ///
+    /// # Errors
+    /// The memory can't be written.
+    pub(super) fn fill_zero(&self, offset: u64) -> Result<(), Errno> {
+        let granule = self.granule(offset).as_ptr();
+        let mut done = 0;
+        while done < GRANULE as usize {
+            // SAFETY: the kernel writes at most the rest of one granule of
+            // mapped memory that is no Rust object.
+            let read = unsafe {
+                let at = granule.add(done).cast();
+                libc::read(self.zeroes.as_raw_fd(), at, GRANULE as usize - done)
+            };
+            match usize::try_from(read) {
+                Ok(0) => return Err(Errno::IO),
+                Ok(read) => done += read,
+                Err(_) => match std::io::Error::last_os_error().raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    errno => return Err(errno.map_or(Errno::IO, Errno::from_raw_os_error)),
+                },
+            }
+        }
+        Ok(())
     }
 
     /// Makes the granule at `offset` present as one huge page (`MADV_COLLAPSE`,

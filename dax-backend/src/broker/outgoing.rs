@@ -102,13 +102,15 @@ impl LeaseTable {
         leases
     }
 
-    /// What can be released now: marked, free, in whole blocks or whole tags.
+    /// What can be released now: marked, free or broken, in whole blocks or whole tags.
     /// An extent that goes entirely takes along its ends outside any granule.
     pub(super) fn releasable(&self) -> Vec<(DpaRange, Vec<WindowRange>)> {
         let unit = self.unit();
         let mut out = Vec::new();
         for (index, extent) in self.extents.iter().enumerate() {
-            let ready = |i: usize| self.outgoing[i] && self.slots[i].is_free();
+            let ready = |i: usize| {
+                self.outgoing[i] && (self.slots[i].is_free() || self.slots[i] == Slot::Broken)
+            };
             let whole = extent.count > 0 && extent.slots().all(ready);
             let tag = extent.extent.tag;
             if !tag.is_null() && !self.group(tag).iter().all(|i| ready(*i)) {

@@ -31,6 +31,8 @@ pub const GRANT_EXHAUSTED: u32 = 1 << 0;
 /// [`Kind::Grant`]: last message of the answer to one [`Kind::Lease`].
 pub const GRANT_LAST: u32 = 1 << 1;
 /// [`Kind::Recall`]: the device has already taken the memory; there is nothing left to copy.
+/// Not answered; the client returns the ranges once nothing of it maps them, and until then
+/// nobody gets them, even if the device lends them anew.
 pub const RECALL_LOST: u32 = 1 << 0;
 
 /// What a message says. Broker to client has the top bit of the low byte set.

@@ -84,7 +84,9 @@ impl Broker {
             AdminRequest::Release {
                 target,
                 deadline_ms,
+                force,
             } => match self.check_target(target) {
+                Ok(target) if force => self.force(id, &target, now),
                 Ok(target) => self.recall(
                     RecallRequest {
                         origin: Origin::Operator,
@@ -183,6 +185,7 @@ impl Broker {
         let accepted = self.device.accepted().iter().map(|e| e.range.len).sum();
         let free = bytes(counts.dirty + counts.clean + counts.warm);
         let leased = bytes(counts.leased);
+        let whole: usize = self.table.extents.iter().map(|extent| extent.count).sum();
         Capacity {
             accepted,
             leased,
@@ -190,7 +193,9 @@ impl Broker {
             dirty: bytes(counts.dirty),
             clean: bytes(counts.clean + counts.warm),
             warm: bytes(counts.warm),
-            stranded: accepted.saturating_sub(free + leased),
+            stranded: accepted.saturating_sub(bytes(whole)),
+            lost: bytes(counts.lost),
+            broken: bytes(counts.broken),
             outgoing: self.table.marked_bytes(),
         }
     }

@@ -25,6 +25,15 @@ pub struct Window {
     mapping: Arc<Mapping>,
 }
 
+/// How far wiping came.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Wiped {
+    /// Reads as zero now.
+    pub(super) zeroed: WindowRange,
+    /// The granule after it that can't be written: poisoned, or taken away.
+    pub(super) broken: Option<u64>,
+}
+
 impl Window {
     /// Maps `len` bytes (rounded down to granules) of `fd` from `base`, which
     /// must be a multiple of the page size; of the granule for huge pages.
@@ -54,12 +63,12 @@ impl Window {
     }
 
     /// Wipes `range` from its start until `budget` is used up, at least a
-    /// little. Returns what reads as zero now.
+    /// little, and stops at what can't be written.
     ///
     /// A memfd's small pages are given back to the system, which is quicker
     /// than writing them and leaves room for a huge page. `huge` pages were
     /// dear to make: they are kept, and written.
-    pub(super) fn wipe(&mut self, range: WindowRange, huge: bool, budget: Duration) -> WindowRange {
+    pub(super) fn wipe(&self, range: WindowRange, huge: bool, budget: Duration) -> Wiped {
         let started = Instant::now();
         let mut done = 0;
         while done < range.len {
@@ -69,8 +78,14 @@ impl Window {
                 len: step,
             };
             if huge || self.punch(part).is_err() {
-                for offset in (0..step).step_by(GRANULE as usize) {
-                    self.mapping.fill_zero(part.offset + offset);
+                for offset in (part.offset..part.end()).step_by(GRANULE as usize) {
+                    if self.mapping.fill_zero(offset).is_err() {
+                        let len = offset - range.offset;
+                        return Wiped {
+                            zeroed: WindowRange { len, ..range },
+                            broken: Some(offset),
+                        };
+                    }
                 }
             }
             done += step;
@@ -78,12 +93,21 @@ impl Window {
                 break;
             }
         }
-        WindowRange { len: done, ..range }
+        Wiped {
+            zeroed: WindowRange { len: done, ..range },
+            broken: None,
+        }
     }
 
-    /// Wipes `range` before it leaves: whoever gets it next need not be careful.
-    pub(super) fn discard(&mut self, range: WindowRange) {
-        self.wipe(range, false, Duration::MAX);
+    /// Wipes `range` before it leaves: whoever gets it next need not be
+    /// careful. What can't be written can't be read either.
+    pub(super) fn discard(&self, mut range: WindowRange) {
+        while range.len > 0 {
+            let wiped = self.wipe(range, false, Duration::MAX);
+            let done = wiped.zeroed.len + wiped.broken.map_or(0, |_| GRANULE);
+            range.offset += done;
+            range.len -= done;
+        }
     }
 
     /// Makes `range` a hole, which reads as zero; a device file can't have any.
@@ -118,11 +142,11 @@ mod tests {
 
     #[test]
     fn wiping_zeroes_and_gives_small_pages_back() {
-        let mut window = window(4);
+        let window = window(4);
         for huge in [false, true] {
             pwrite(window.fd(), b"secret", 2 * GRANULE + 77).unwrap();
             let wiped = window.wipe(granules(2, 2), huge, Duration::MAX);
-            assert_eq!(wiped, granules(2, 2));
+            assert_eq!((wiped.zeroed, wiped.broken), (granules(2, 2), None));
             let mut bytes = [1; 6];
             pread(window.fd(), &mut bytes, 2 * GRANULE + 77).unwrap();
             assert_eq!(bytes, [0; 6]);
@@ -132,14 +156,14 @@ mod tests {
 
     #[test]
     fn wiping_stops_at_the_budget_and_says_how_far_it_came() {
-        let mut window = window(3);
+        let window = window(3);
         let wiped = window.wipe(granules(0, 3), true, Duration::ZERO);
-        assert_eq!(wiped, granules(0, 1));
+        assert_eq!(wiped.zeroed, granules(0, 1));
     }
 
     #[test]
     fn a_file_without_holes_is_written() {
-        let mut window = window(2);
+        let window = window(2);
         pwrite(window.fd(), &[7; 4096], GRANULE).unwrap();
         // Sealed against writing, it refuses holes; the mapping stays.
         rustix::fs::fcntl_add_seals(window.fd(), SealFlags::FUTURE_WRITE).unwrap();
@@ -148,5 +172,25 @@ mod tests {
         let mut bytes = [1; 4096];
         pread(window.fd(), &mut bytes, GRANULE).unwrap();
         assert_eq!(bytes, [0; 4096]);
+    }
+
+    /// Memory that was taken away or is poisoned raises SIGBUS where it is
+    /// touched, and wiping would have ended the broker of a whole machine.
+    #[test]
+    fn memory_that_faults_is_named_and_the_rest_wiped() {
+        let window = window(3);
+        pwrite(window.fd(), &[7; 4096], 0).unwrap();
+        // What lies behind the end of the file faults as a lost extent does.
+        ftruncate(window.fd(), GRANULE).unwrap();
+        rustix::fs::fcntl_add_seals(window.fd(), SealFlags::FUTURE_WRITE).unwrap();
+        let wiped = window.wipe(granules(0, 3), false, Duration::MAX);
+        assert_eq!(
+            (wiped.zeroed, wiped.broken),
+            (granules(0, 1), Some(GRANULE))
+        );
+        let mut bytes = [1; 4096];
+        pread(window.fd(), &mut bytes, 0).unwrap();
+        assert_eq!(bytes, [0; 4096]);
+        window.discard(granules(0, 3));
     }
 }

@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::adding::PendingAdd;
 use super::connection::{Connection, ConnectionId, Phase};
+use super::forced::PendingForce;
 use super::lease::{ClientId, LeaseTable, Synced};
 use super::listener::Listener;
 use super::protocol::GRANULE;
@@ -89,6 +90,7 @@ pub struct Broker {
     pub(super) runs: Runs,
     pub(super) recalls: Recalls,
     pub(super) adds: Vec<PendingAdd>,
+    pub(super) forces: Vec<PendingForce>,
     pub(super) counters: BrokerCounters,
     pub(super) started: Instant,
     pub(super) device_error: Option<String>,
@@ -131,6 +133,7 @@ impl Broker {
             runs: Runs::default(),
             recalls: Recalls::default(),
             adds: Vec::new(),
+            forces: Vec::new(),
             counters: BrokerCounters::default(),
             started: now,
             device_error: None,
@@ -188,6 +191,7 @@ impl Broker {
         self.probe_clients(now);
         self.advance_recalls(now);
         self.expire_adds(now);
+        self.expire_forces(now);
         self.drop_silent_connections(now);
         self.warm();
         Ok(())
@@ -338,9 +342,12 @@ impl Broker {
         let until = Instant::now() + WIPE_BUDGET;
         while let Some((range, huge)) = self.table.next_dirty() {
             let left = until.saturating_duration_since(Instant::now());
-            let zeroed = self.window.wipe(range, huge, left);
-            self.table.zeroed(zeroed);
-            self.counters.wiped_bytes += zeroed.len;
+            let wiped = self.window.wipe(range, huge, left);
+            self.table.zeroed(wiped.zeroed);
+            self.counters.wiped_bytes += wiped.zeroed.len;
+            if let Some(offset) = wiped.broken {
+                self.table.broke(offset);
+            }
             if left.is_zero() {
                 break;
             }

@@ -319,13 +319,12 @@ impl Broker {
     fn returned(&mut self, id: ClientId, message: &Message) {
         for range in message.ranges().as_slice() {
             match self.table.give_back(id, *range) {
-                Ok(()) => {
-                    self.counters.returned_bytes += range.len;
+                Ok(leased) => {
+                    self.counters.returned_bytes += leased;
                     if let Some(client) = self.clients.get_mut(&id) {
-                        client.leased -= range.len;
+                        client.leased -= leased;
                     }
                 }
-                // A forced release may have crossed it on the way.
                 Err(_) => self.counters.malformed += 1,
             }
         }

@@ -68,6 +68,12 @@ pub struct Capacity {
     pub stranded: u64,
     /// Leased or free, and on its way back to the device.
     pub outgoing: u64,
+    /// Taken by the device while leased, and not let go of by its holders.
+    #[serde(default)]
+    pub lost: u64,
+    /// Accepted, but faulted when it was to be wiped: of no use.
+    #[serde(default)]
+    pub broken: u64,
 }
 
 /// One accepted extent.

@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dax_backend::broker::admin::{AdminRequest, ReleaseTarget};
+use dax_backend::broker::admin::{AdminReply, AdminRequest, ReleaseTarget};
 use dax_backend::broker::receipt::{DpaSpan, HexDpa, Origin};
 use dax_backend::broker::{GRANULE, RecallOutcome, RefusalReason, WindowRange};
 use dax_backend::extent::ExtentTag;
@@ -11,7 +11,7 @@ use dax_backend::model::{Fault, FaultKind, ReleasePolicy};
 use dax_backend::orchestrator::Orchestrator;
 
 use crate::process::{Forked, lease_and_scribble};
-use crate::rig::{Rig, Setup, total};
+use crate::rig::{Rig, Setup, is_zero, total};
 
 const MIB: u64 = 1 << 20;
 
@@ -303,10 +303,69 @@ fn a_forced_release_is_told_to_those_it_hit() {
     let receipt = &status.receipts[0];
     assert_eq!((receipt.origin, receipt.returned), (Origin::Forced, 0));
     assert_eq!(receipt.refused[0].reason, RefusalReason::Lost);
-    assert_eq!(status.capacity.leased, 3 * GRANULE);
+    assert_eq!(
+        (status.capacity.leased, status.capacity.lost),
+        (3 * GRANULE, 3 * GRANULE)
+    );
     // Returning what is gone already is no offence.
     hit.give_back(ranges.as_slice());
     assert_eq!(total(&hit.lease(1).0), GRANULE);
+    let status = rig.status();
+    assert_eq!((status.capacity.lost, status.counters.malformed), (0, 0));
+}
+
+/// A device may lend anew what it took by force, while whoever had it before
+/// still maps it and writes there: nobody else may get it until that ends.
+#[test]
+fn what_was_taken_by_force_is_lent_again_only_when_its_holder_has_let_go() {
+    let rig = Rig::new(&[8]);
+    let holder = rig.client();
+    holder.lease(4);
+    let forced = AdminRequest::Release {
+        target: ReleaseTarget::Range(rig.range(0, 4)),
+        deadline_ms: 0,
+        force: true,
+    };
+    let AdminReply::Receipt(receipt) = rig.ask(&forced).unwrap() else {
+        panic!("no receipt");
+    };
+    assert_eq!(receipt.origin, Origin::Forced);
+    assert_eq!(receipt.refused[0].pid, Some(std::process::id()));
+    let (_, _, lost, _) = holder.next_recall();
+    let add = AdminRequest::Add {
+        sizes: vec![4 * GRANULE],
+        tag: None,
+    };
+    rig.ask(&add).unwrap();
+    let capacity = rig.status().capacity;
+    assert_eq!(
+        (capacity.accepted, capacity.free, capacity.lost),
+        (8 * GRANULE, 4 * GRANULE, 4 * GRANULE)
+    );
+    assert_eq!(total(&rig.client().lease(8).0), 4 * GRANULE);
+    holder.give_back(lost.as_slice());
+    let next = rig.client();
+    let (again, _) = next.lease(4);
+    assert_eq!(again, lost.as_slice());
+    assert!(is_zero(next.memory(), &again));
+}
+
+#[test]
+fn force_needs_a_range_and_somebody_to_use_it() {
+    let rig = Rig::new(&[8]);
+    let force = |target| {
+        let order = AdminRequest::Release {
+            target,
+            deadline_ms: 0,
+            force: true,
+        };
+        rig.ask(&order).unwrap_err().to_string()
+    };
+    let error = force(ReleaseTarget::Bytes(GRANULE));
+    assert!(error.contains("must be named"), "{error}");
+    let error = force(ReleaseTarget::Range(rig.range(32, 1)));
+    assert!(error.contains("the fabric refuses"), "{error}");
+    assert_eq!(rig.status().capacity.accepted, 8 * GRANULE);
 }
 
 #[test]
@@ -375,6 +434,7 @@ fn ranges_that_make_no_sense_are_refused_before_anything_happens() {
                 len,
             }),
             deadline_ms: 100,
+            force: false,
         });
         let error = error.unwrap_err().to_string();
         assert!(error.contains(says), "{dpa:#x}+{len:#x}: {error}");

@@ -116,6 +116,7 @@ impl Rig {
         let request = AdminRequest::Release {
             target,
             deadline_ms,
+            force: false,
         };
         match self.ask(&request).unwrap() {
             AdminReply::Receipt(receipt) => {

@@ -119,7 +119,37 @@ fn a_forced_release_names_the_leases_it_hit() {
     table.grant(B, 2 * GRANULE);
     let lost = table.sync(&[extent(8, 2)], |_| true).lost;
     assert_eq!(lost, [(A, range_of(0, 2)), (B, range_of(2, 2))]);
-    assert_eq!(table.counts().leased, 0);
+    assert_eq!((table.counts().leased, table.counts().lost), (0, 4));
+}
+
+#[test]
+fn what_is_lost_belongs_to_nobody_until_it_is_let_go_of() {
+    let mut table = table(&[extent(0, 4)]);
+    table.grant(A, 2 * GRANULE);
+    table.grant(B, 2 * GRANULE);
+    table.sync(&[], |_| true);
+    // Back again, while both still map what they had.
+    assert_eq!(table.sync(&[extent(0, 4)], |_| true).gained, 0);
+    assert_eq!((table.next_dirty(), table.can_grant()), (None, false));
+    let foreign = LeaseError::NotLeased { offset: 0 };
+    assert_eq!(table.give_back(B, range_of(0, 2)), Err(foreign));
+    assert_eq!(table.give_back(A, range_of(0, 2)), Ok(0));
+    assert_eq!(table.end(B), 0);
+    assert_eq!(table.next_dirty(), Some((range_of(0, 4), false)));
+}
+
+#[test]
+fn what_is_broken_goes_to_nobody_but_the_device() {
+    let mut table = table(&[extent(0, 2)]);
+    table.broke(0);
+    assert_eq!(granules_of(&table.grant(A, 2 * GRANULE)), [1]);
+    table.give_back(A, range_of(1, 1)).unwrap();
+    assert_eq!(table.mark_free(2 * GRANULE), GRANULE);
+    table.mark_range(&extent(0, 2).range);
+    assert_eq!(granules_of(&table.releasable()[0].1), [0, 1]);
+    table.sync(&[], |_| true);
+    table.sync(&[extent(0, 2)], |_| true);
+    assert_eq!(table.counts().clean, 2);
 }
 
 #[test]
@@ -180,7 +210,7 @@ proptest::proptest! {
     /// Whatever happens, the counts are those of the slots, and an extent's
     /// leased count is what a walk over it finds.
     #[test]
-    fn counts_never_drift(steps in proptest::collection::vec((0u8..7, 0usize..24, 1usize..6), 1..80)) {
+    fn counts_never_drift(steps in proptest::collection::vec((0u8..8, 0usize..24, 1usize..6), 1..80)) {
         let all = [extent(0, 8), extent(8, 8), tagged(20, 4, 3)];
         let mut table = table(&all);
         for (step, index, count) in steps {
@@ -195,6 +225,7 @@ proptest::proptest! {
                     table.warmed(dirty.offset);
                 },
                 5 => drop(table.mark_free(count as u64 * GRANULE)),
+                6 => table.broke(range.offset),
                 _ => drop(table.sync(&all[..index % 4], |_| count % 2 == 0)),
             }
             let mut counts = Counts::default();
