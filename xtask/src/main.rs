@@ -5,6 +5,7 @@
 mod bench;
 mod broker;
 mod demo;
+mod guest;
 mod packages;
 mod process;
 mod program;
@@ -32,6 +33,9 @@ enum Task {
     Demo,
     /// Compare with jemalloc on our workload programs; options as of `compare --help`
     Bench(bench::Options),
+    /// A machine with a CXL device, emulated by QEMU
+    #[command(subcommand)]
+    Guest(guest::Task),
 }
 
 fn main() -> ExitCode {
@@ -39,6 +43,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::run(&options),
         Task::Demo => demo::run().map(|()| true),
         Task::Bench(options) => bench::run(&options),
+        Task::Guest(task) => guest::run(&task),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
