@@ -13,7 +13,8 @@
 //! Extents are shared mappings, which a child would write through into its
 //! parent's heap, so no child inherits them. Before a fork everything live on
 //! them is moved to DRAM, where the kernel's copy-on-write does the rest, and
-//! brought back afterwards.
+//! brought back afterwards. The child has neither threads nor leases; it gets
+//! its own when it first needs an extent (`child_needs_extents`).
 //!
 //! The list of streams: fork takes it itself, but after the handlers. A thread
 //! in fopen or fflush holds it and allocates, so an engine that locked first
@@ -64,6 +65,23 @@ pub(crate) fn register_early(heap: &'static Heap) {
 fn heap() -> Option<&'static Heap> {
     // SAFETY: null, or a heap that lives as long as the process.
     unsafe { HEAP.load(Ordering::Acquire).as_ref() }
+}
+
+/// A hook of the engine has no extent to give in a forked child.
+///
+/// No lock is held here: jemalloc calls its hooks with none of its own, and
+/// what comes back to malloc from a thread being made finds the child provided
+/// for. glibc's are its own to take, as in any pthread_create(3).
+pub(crate) fn child_needs_extents() {
+    if let Some(heap) = heap() {
+        // SAFETY: the address of this thread's errno.
+        let errno = unsafe { libc::__errno_location() };
+        // SAFETY: as above.
+        let before = unsafe { *errno };
+        heap.service().begin(heap);
+        // SAFETY: as above.
+        unsafe { *errno = before };
+    }
 }
 
 extern "C" fn early_prepare() {

@@ -19,7 +19,7 @@ use crate::service::Service;
 use crate::source::ExtentSource;
 use crate::space::{GRANULE, PAGE, Space, Tier};
 use crate::stats::Stats;
-use crate::sync::{Lock, Signal};
+use crate::sync::{Guard, Lock, Signal};
 
 /// From so many bytes on, which the engine's thread caches do not hold, a
 /// request is watched: it waits for extents rather than take DRAM, and does
@@ -59,6 +59,10 @@ impl Extra {
     }
 }
 
+/// Finds a source for a forked child. Called on a thread of the heap's own,
+/// which may then have a descriptor table of its own.
+pub type Reconnect = fn() -> Option<&'static dyn ExtentSource>;
+
 /// A heap for a whole process. It has no address and no thread until
 /// [`Heap::start`]; from then on it stays where it is.
 pub struct Heap {
@@ -76,6 +80,9 @@ pub struct Heap {
     evacuated: AtomicU64,
     promoted: AtomicU64,
     forks: Lock<()>,
+    /// Live granules that forks left out.
+    unforked: AtomicU64,
+    reconnect: OnceLock<Reconnect>,
     unknown_settings: AtomicU32,
 }
 
@@ -96,11 +103,13 @@ impl Heap {
             threshold: AtomicUsize::new(usize::MAX),
             direct_below: AtomicUsize::new(usize::MAX),
             service: Service::new(),
-            supply: Supply::new(),
+            supply: Supply::new(fork::child_needs_extents),
             exhausted: AtomicU64::new(0),
             evacuated: AtomicU64::new(0),
             promoted: AtomicU64::new(0),
             forks: Lock::new(()),
+            unforked: AtomicU64::new(0),
+            reconnect: OnceLock::new(),
             unknown_settings: AtomicU32::new(0),
         }
     }
@@ -149,8 +158,18 @@ impl Heap {
         Ok(())
     }
 
+    /// Says how a forked child finds a source of its own; without that, its
+    /// heap stays in DRAM.
+    pub fn set_reconnect(&self, reconnect: Reconnect) {
+        let _ = self.reconnect.set(reconnect);
+    }
+
+    pub(crate) fn reconnect(&self) -> Option<&'static dyn ExtentSource> {
+        self.reconnect.get().and_then(|reconnect| reconnect())
+    }
+
     /// What `on_exhausted` says holds from now on: there is a source.
-    fn expect_extents(&self) {
+    pub(crate) fn expect_extents(&self) {
         let policy = self.config().on_exhausted;
         let (patience, insist) = match policy {
             OnExhausted::Wait(ms) => (ms, true),
@@ -419,6 +438,7 @@ impl Heap {
             exhausted: self.exhausted.load(Ordering::Relaxed),
             evacuated: self.evacuated.load(Ordering::Relaxed),
             promoted: self.promoted.load(Ordering::Relaxed),
+            unforked: self.unforked.load(Ordering::Relaxed),
             unknown_settings: self.unknown_settings.load(Ordering::Relaxed),
             ..Stats::default()
         };
@@ -459,6 +479,8 @@ impl Heap {
     pub(crate) fn before_fork(&'static self) {
         core::mem::forget(self.forks.lock());
         self.service.stop(self);
+        let left_out = self.space.live_bytes_in(&[]) / GRANULE as u64;
+        self.unforked.fetch_add(left_out, Ordering::Relaxed);
         // Held while an arena is made, which takes the engine's locks.
         core::mem::forget(self.extra.making.lock());
     }
@@ -475,13 +497,30 @@ impl Heap {
         unsafe { self.forks.force_unlock() };
     }
 
-    /// In a forked child: its parent's service and leases are not its own.
+    /// Keeps forks away while the guard lives.
+    pub(crate) fn no_fork(&self) -> Guard<'_, ()> {
+        self.forks.lock()
+    }
+
+    /// In a forked child: its parent's service, leases and counts are not its
+    /// own. It looks for a source when it first needs an extent.
     pub(crate) fn in_child(&self) {
         self.service.forget();
         self.expect_none();
         self.space.set_dram_when_exhausted(true);
         self.space.disown_extents();
         self.space.set_extents_closed(false);
+        self.supply.demand.store(0, Ordering::Relaxed);
+        for counter in [
+            &self.exhausted,
+            &self.evacuated,
+            &self.promoted,
+            &self.unforked,
+        ] {
+            counter.store(0, Ordering::Relaxed);
+        }
+        let orphan = self.reconnect.get().is_some();
+        self.supply.orphan.store(orphan, Ordering::Release);
         // SAFETY: the copy of the thread that took them in `before_fork`.
         unsafe {
             self.extra.making.force_unlock();

@@ -34,6 +34,9 @@ pub struct Stats {
     pub evacuated: u64,
     /// Granules that were moved onto extents (a count).
     pub promoted: u64,
+    /// Live granules that could not be moved off extents before a fork, and so
+    /// are missing in the child (a count, over all forks).
+    pub unforked: u64,
     /// Live granules can be moved at all: there is a userfaultfd.
     pub moves_live: bool,
     /// How long threads waited for granules that moved.

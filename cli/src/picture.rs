@@ -135,6 +135,13 @@ pub(crate) fn run(report: &RunReport) -> String {
         Bytes(total.recall_bytes_refused),
         total.exhausted_count
     );
+    if total.unforked_granules > 0 {
+        line!(
+            out,
+            "  {} live granules could not be moved before a fork: its child misses them",
+            total.unforked_granules
+        );
+    }
     processes(&mut out, &report.processes);
     out
 }
@@ -220,6 +227,13 @@ fn processes(out: &mut String, processes: &[ProcessReport]) {
             Bytes(stats.dram_live_bytes),
             Bytes(stats.dram_live_peak)
         );
+        if stats.unforked_granules > 0 {
+            line!(
+                out,
+                "          {} live granules missing in its children",
+                stats.unforked_granules
+            );
+        }
     }
     if let Some(more) = processes
         .len()

@@ -72,6 +72,20 @@ impl BrokerSource {
     }
 }
 
+impl BrokerSource {
+    /// As [`Self::connect`], on a thread that is given a descriptor table of
+    /// its own first: the program never sees a descriptor of it.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub fn connect_apart(path: &CStr, run: u128) -> Result<Self, SourceError> {
+        let apart = close_range(0, libc::c_uint::MAX, CLOSE_RANGE_UNSHARE);
+        let source = Self::connect(path, run)?;
+        source.apart.store(apart, Ordering::Release);
+        Ok(source)
+    }
+}
+
 fn map_window(welcome: &Welcome) -> Result<(usize, usize), Errno> {
     let len = welcome.window_len as usize;
     let prot = ProtFlags::READ | ProtFlags::WRITE;
@@ -227,6 +241,7 @@ impl ExtentSource for BrokerSource {
             (&page.recall_bytes_refused, stats.recall_refused),
             (&page.evacuated_granules, stats.evacuated),
             (&page.promoted_granules, stats.promoted),
+            (&page.unforked_granules, stats.unforked),
             (&page.move_stall_max_ns, stats.stalls.max),
             (&page.exhausted_count, stats.exhausted),
             (&page.config_unknown_keys, u64::from(stats.unknown_settings)),
@@ -266,19 +281,23 @@ fn from_wire(wire: &[WireRange]) -> Ranges {
 /// but two descriptors (close_range(2) with `CLOSE_RANGE_UNSHARE`, Linux 5.9).
 /// `false`: that is refused, and the thread stays in the program's table.
 fn own_table(a: RawFd, b: RawFd) -> bool {
-    const CLOSE_RANGE_UNSHARE: libc::c_uint = 2;
     let (low, high) = (a.min(b) as libc::c_uint, a.max(b) as libc::c_uint);
-    let close = |first: libc::c_uint, last: libc::c_uint, flags: libc::c_uint| {
-        // SAFETY: closes descriptors in a table that only this thread sees once
-        // the first call has unshared it; threads it starts later share it.
-        first > last || unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) } == 0
-    };
-    let apart = close(high + 1, libc::c_uint::MAX, CLOSE_RANGE_UNSHARE);
+    let apart = close_range(high + 1, libc::c_uint::MAX, CLOSE_RANGE_UNSHARE);
     if apart {
-        close(low + 1, high.saturating_sub(1), 0);
+        close_range(low + 1, high.saturating_sub(1), 0);
         if low > 0 {
-            close(0, low - 1, 0);
+            close_range(0, low - 1, 0);
         }
     }
     apart
+}
+
+const CLOSE_RANGE_UNSHARE: libc::c_uint = 2;
+
+/// close_range(2), in a table that the calling thread has for itself: the
+/// first call unshares it, and threads it starts later share it. Whether it
+/// was done.
+fn close_range(first: libc::c_uint, last: libc::c_uint, flags: libc::c_uint) -> bool {
+    // SAFETY: the descriptors are closed for this thread alone.
+    first > last || unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) } == 0
 }

@@ -8,8 +8,12 @@
 //!
 //! They are read with secure_getenv(3): a set-user-ID program ignores them.
 
+use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char};
+use core::mem::MaybeUninit;
 use std::sync::OnceLock;
+
+use dax_backend::broker::ConnectError;
 
 use allocator::{Config, ExtentSource, Heap, Placement};
 
@@ -20,7 +24,53 @@ pub const DEFAULT_SOCKET: &CStr = c"/run/dcmalloc/broker.sock";
 
 /// The heap.
 pub static HEAP: Heap = Heap::new();
-static SOURCE: OnceLock<BrokerSource> = OnceLock::new();
+static BROKER: OnceLock<Address> = OnceLock::new();
+static SOURCE: Source = Source(UnsafeCell::new(MaybeUninit::uninit()));
+
+/// Where this process and its children find the broker. A copy: a program may
+/// write over its environment (setproctitle does).
+struct Address {
+    path: [u8; PATH],
+    run: u128,
+}
+
+/// More than a unix socket's address holds.
+const PATH: usize = 256;
+
+impl Address {
+    /// `None`: the path is too long for a socket.
+    fn from_environment() -> Option<Self> {
+        let text = environment(c"DCM_SOCKET").unwrap_or(DEFAULT_SOCKET);
+        let text = text.to_bytes_with_nul();
+        let mut path = [0; PATH];
+        path.get_mut(..text.len())?.copy_from_slice(text);
+        Some(Self {
+            path,
+            run: environment(c"DCM_RUN").map_or(0, run_id),
+        })
+    }
+
+    fn path(&self) -> &CStr {
+        CStr::from_bytes_until_nul(&self.path).unwrap_or(DEFAULT_SOCKET)
+    }
+}
+
+/// The place of the one source that this process uses: that of the process
+/// itself, which a forked child finds there too and replaces by its own.
+struct Source(UnsafeCell<MaybeUninit<BrokerSource>>);
+
+// SAFETY: written by `put` alone, whose callers have it for themselves.
+unsafe impl Sync for Source {}
+
+impl Source {
+    /// # Safety
+    /// No thread of this process uses what is there.
+    unsafe fn put(&'static self, source: BrokerSource) -> &'static BrokerSource {
+        // SAFETY: the caller's. What was there is not dropped: its mappings and
+        // descriptors are the parent's.
+        unsafe { (*self.0.get()).write(source) }
+    }
+}
 
 /// Starts the heap and connects it to the broker, once; allocates nothing of
 /// its own. Without a broker the heap is in DRAM.
@@ -41,11 +91,22 @@ pub fn start() {
 }
 
 fn attach() -> Result<(), SourceError> {
-    let path = environment(c"DCM_SOCKET").unwrap_or(DEFAULT_SOCKET);
-    let run = environment(c"DCM_RUN").map_or(0, run_id);
-    let source = BrokerSource::connect(path, run)?;
-    let source: &'static dyn ExtentSource = SOURCE.get_or_init(|| source);
+    let address = Address::from_environment().ok_or(ConnectError::Path)?;
+    let address = BROKER.get_or_init(|| address);
+    let source = BrokerSource::connect(address.path(), address.run)?;
+    // SAFETY: nothing is there yet: the heap starts once.
+    let source = unsafe { SOURCE.put(source) };
+    HEAP.set_reconnect(reconnect);
     HEAP.attach(source).map_err(SourceError::Window)
+}
+
+/// A forked child's own connection, made on its worker. What is there is of no
+/// use to any thread: they were the parent's.
+fn reconnect() -> Option<&'static dyn ExtentSource> {
+    let address = BROKER.get()?;
+    let source = BrokerSource::connect_apart(address.path(), address.run).ok()?;
+    // SAFETY: a child has one worker, and it is the one that this runs on.
+    Some(unsafe { SOURCE.put(source) })
 }
 
 /// What the environment says, if it may be trusted.

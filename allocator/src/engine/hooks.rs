@@ -66,32 +66,40 @@ pub struct Supply {
     pub patience_ms: AtomicU32,
     /// Wait even when the lender has said that it has no more.
     pub insist: AtomicBool,
+    /// A forked child: it has no lender, and may have one.
+    pub orphan: AtomicBool,
+    /// Called once when an orphan needs a granule. It may allocate: a hook
+    /// that comes of that finds no orphan.
+    adopt: fn(),
 }
 
 impl Supply {
-    /// A supply that does not wait.
-    pub const fn new() -> Self {
+    /// A supply that does not wait; what to do for an orphan.
+    pub const fn new(adopt: fn()) -> Self {
         Self {
             wanted: Signal::new(),
             demand: AtomicUsize::new(0),
             lent: Signal::new(),
             patience_ms: AtomicU32::new(0),
             insist: AtomicBool::new(false),
+            orphan: AtomicBool::new(false),
+            adopt,
         }
     }
 }
 
 impl Supply {
+    /// Has an orphan look for a lender.
+    fn find_lender(&self) {
+        if self.orphan.load(Ordering::Relaxed) && self.orphan.swap(false, Ordering::AcqRel) {
+            (self.adopt)();
+        }
+    }
+
     /// Calls for granules that a thread waits for.
     pub fn want(&self, granules: usize) {
         self.demand.fetch_max(granules, Ordering::AcqRel);
         self.wanted.raise();
-    }
-}
-
-impl Default for Supply {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -132,6 +140,9 @@ impl Hooks {
         let run = lent();
         if self.space.runs_low() {
             self.supply.wanted.raise();
+        }
+        if run.is_none() {
+            self.supply.find_lender();
         }
         if run.is_some() || LENT_ONLY.get() {
             return run;

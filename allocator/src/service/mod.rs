@@ -1,15 +1,16 @@
 //! The heap's own two threads: they keep unused granules ready, hear recalls,
 //! let freed pages decay and return what is unused.
 //!
-//! The *worker* asks and returns, the *listener* hears. Neither is started
-//! inside `malloc`, both block every signal, and neither allocates.
+//! The *worker* asks and returns, the *listener* hears. Both block every signal,
+//! and neither allocates. A forked child has neither, and most children need
+//! none; one that needs an extent gets its own then, from inside `malloc`.
 
 mod answering;
 mod asking;
 mod standing;
 mod threads;
 
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use core::time::Duration;
 use rustix::io::Errno;
 
@@ -23,6 +24,7 @@ pub(crate) const TICK: Duration = Duration::from_millis(50);
 const TICK_QUIET: Duration = Duration::from_millis(500);
 /// Recalls that wait for the worker; a broker sends one at a time.
 const RECALLS: usize = 8;
+
 /// What the two threads share with the heap.
 pub(crate) struct Service {
     /// The worker is there, and stays: it is needed for forks even when there
@@ -49,6 +51,8 @@ pub(crate) struct Service {
     /// Live granules can be moved.
     moves: AtomicBool,
     stalls: Lock<Stalls>,
+    /// How far system calls were restricted when this child was made.
+    sandbox: AtomicI32,
 }
 
 /// Values of [`Service::fork`].
@@ -74,6 +78,7 @@ impl Service {
             forking: Signal::new(),
             moves: AtomicBool::new(false),
             stalls: Lock::new(Stalls::NONE),
+            sandbox: AtomicI32::new(0),
         }
     }
 
@@ -108,16 +113,41 @@ impl Service {
 
     /// In a child: there are no threads, and the source is the parent's.
     pub(crate) fn forget(&self) {
-        self.running.store(false, Ordering::Release);
-        self.alive.store(false, Ordering::Release);
+        for flag in [
+            &self.running,
+            &self.alive,
+            &self.moves,
+            &self.plenty,
+            &self.asked,
+            &self.trim,
+        ] {
+            flag.store(false, Ordering::Release);
+        }
+        self.fork.store(RUNNING, Ordering::Release);
         // A thread of the parent may have held these when the child was made.
-        // SAFETY: the child has one thread, and it holds neither.
+        // SAFETY: the child has one thread, and it holds none.
         unsafe {
             self.source.force_unlock();
             self.recalls.force_unlock();
             self.stalls.force_unlock();
         }
         *self.source.lock() = None;
+        *self.recalls.lock() = [None; RECALLS];
+        *self.stalls.lock() = Stalls::NONE;
+        for counter in self.recalled.iter().chain([&self.grants, &self.returned]) {
+            counter.store(0, Ordering::Relaxed);
+        }
+        self.sandbox.store(sandbox(), Ordering::Relaxed);
+    }
+
+    /// In a child that needs an extent for the first time: starts a worker,
+    /// which looks for a source. The caller does not wait.
+    pub(crate) fn begin(&self, heap: &'static Heap) {
+        // A child that has restricted itself since the fork (seccomp(2)) may
+        // be killed for a thread or a socket. It stays in DRAM.
+        if sandbox() == self.sandbox.load(Ordering::Relaxed) {
+            let _ = threads::spawn(threads::newborn, heap);
+        }
     }
 
     fn source(&self) -> Option<&'static dyn ExtentSource> {
@@ -156,4 +186,10 @@ impl Service {
         heap.expect_none();
         heap.lent().raise();
     }
+}
+
+/// `PR_GET_SECCOMP`: 0 without a filter; negative where that can't be told.
+fn sandbox() -> i32 {
+    // SAFETY: reads a number.
+    unsafe { libc::prctl(libc::PR_GET_SECCOMP) }
 }

@@ -20,10 +20,10 @@ impl Service {
     /// that a child made now inherits all of the heap, and no granule in
     /// flight. Until [`Service::resume`] new granules are DRAM.
     pub(crate) fn stop(&self, heap: &Heap) {
+        heap.space().set_extents_closed(true);
         if !self.alive.load(Ordering::Acquire) || !self.moves.load(Ordering::Acquire) {
             return;
         }
-        heap.space().set_extents_closed(true);
         self.fork.store(STOP, Ordering::Release);
         heap.wanted().raise();
         let deadline = Instant::now() + FORK_PATIENCE;

@@ -11,7 +11,7 @@ use super::{TICK, TICK_QUIET};
 use crate::engine;
 use crate::evacuation::Evacuator;
 use crate::heap::Heap;
-use crate::source::Event;
+use crate::source::{Event, ExtentSource};
 
 /// For so many ticks after a recall the reserve is not filled up again, unless
 /// the source says that it has more: what was just given back is not asked for
@@ -21,8 +21,8 @@ const RESTRAINT: u32 = 20;
 /// the stack's mapping, besides a few pages of our own.
 const STACK: usize = 512 << 10;
 
-/// Starts a thread of this service. `pthread_create` allocates, so this is
-/// never called inside `malloc`; the heap works without the thread meanwhile.
+/// Starts a thread of this service. `pthread_create` allocates; the heap works
+/// without the thread meanwhile.
 pub(super) fn spawn(
     main: extern "C" fn(*mut c_void) -> *mut c_void,
     heap: &'static Heap,
@@ -60,13 +60,57 @@ pub(super) extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
     };
     let _ = rustix::thread::set_name(c"dcmalloc");
     source.adopt_thread();
-    let mut evacuator = Evacuator::start(source);
+    let evacuator = Evacuator::start(source);
     service.moves.store(evacuator.is_some(), Ordering::Release);
     // Without it nothing would be heard; then the heap has no source.
     if spawn(listener, heap).is_err() {
         service.closed(heap);
     }
     service.adopted.raise();
+    work(heap, source, evacuator)
+}
+
+/// The worker of a forked child: it finds the source itself. What it allocates
+/// may come to lie on a granule that moves; it is read while threads are made,
+/// and nothing moves then.
+pub(super) extern "C" fn newborn(heap: *mut c_void) -> *mut c_void {
+    // SAFETY: as in `worker`.
+    let heap: &'static Heap = unsafe { &*heap.cast::<Heap>() };
+    let service = heap.service();
+    let _ = rustix::thread::set_name(c"dcmalloc");
+    let Some(source) = heap.reconnect() else {
+        return null_mut();
+    };
+    let (addr, len) = source.window();
+    // SAFETY: the window is as `ExtentSource::window` promises.
+    if unsafe { heap.space().open_window(addr, len) }.is_err() {
+        return null_mut();
+    }
+    let evacuator = Evacuator::start(source);
+    {
+        // A fork before this needs no worker, one after it finds it ready.
+        let _guard = heap.no_fork();
+        *service.source.lock() = Some(source);
+        service.moves.store(evacuator.is_some(), Ordering::Release);
+        service.running.store(true, Ordering::Release);
+        service.alive.store(true, Ordering::Release);
+    }
+    if spawn(listener, heap).is_err() {
+        service.closed(heap);
+    } else {
+        heap.space().set_exhausted(false);
+        heap.expect_extents();
+    }
+    work(heap, source, evacuator)
+}
+
+/// What the worker does for as long as the process lives.
+fn work(
+    heap: &'static Heap,
+    source: &'static dyn ExtentSource,
+    mut evacuator: Option<Evacuator>,
+) -> ! {
+    let service = heap.service();
     let (mut quiet, mut restraint) = (0, 0u32);
     let mut before = heap.space().usage();
     let mut last_tick = Instant::now();

@@ -153,7 +153,7 @@ impl State {
                 }
                 self.usage.dram_live -= bytes;
             }
-            Backing::None => {}
+            Backing::None | Backing::Lost => {}
         }
         self.set_gap(index);
         backing == Backing::Dram && empty && !in_flight
@@ -187,5 +187,32 @@ impl State {
         *self.granule_mut(index) = Granule::NEW;
         self.set_gap(index);
         true
+    }
+
+    /// The first run of neighbours on extents from a granule on.
+    pub(super) fn next_extents(&self, from: usize) -> Option<Range<usize>> {
+        let on_extent = |index: &usize| matches!(self.granule(*index).backing, Backing::Extent(_));
+        let first = (from..self.high).find(on_extent)?;
+        let len = (first..self.high).take_while(on_extent).count();
+        Some(first..first + len)
+    }
+
+    /// In a child: plugs the hole where a run on extents is in its parent. It
+    /// is bare from now on, but where something was live nothing may be
+    /// handed out.
+    pub(super) fn disown(&mut self, run: Range<usize>) {
+        let (at, len) = (self.addr(run.start), run.len() * GRANULE);
+        // SAFETY: nothing is mapped there in this process.
+        let plugged = unsafe { map::unback(at, len) }.is_ok();
+        for index in run {
+            let granule = self.granule_mut(index);
+            if plugged && granule.live.is_empty() {
+                *granule = Granule::NEW;
+            } else {
+                granule.backing = Backing::Lost;
+                granule.in_flight = true;
+            }
+            self.set_gap(index);
+        }
     }
 }

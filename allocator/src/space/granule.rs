@@ -20,6 +20,8 @@ pub enum Backing {
     Extent(u64),
     /// Anonymous memory.
     Dram,
+    /// An extent that a forked child does not have: inaccessible.
+    Lost,
 }
 
 /// Which memory an arena asks for. Granules of different tiers are never
@@ -75,7 +77,7 @@ impl Granule {
     /// The longest run of pages that can be handed out now.
     pub(super) fn gap(&self) -> usize {
         match self.backing {
-            Backing::None => 0,
+            Backing::None | Backing::Lost => 0,
             _ if self.in_flight => 0,
             _ => self.live.longest_gap(),
         }

@@ -169,7 +169,8 @@ impl Space {
         Ok(())
     }
 
-    /// Names the window that granules are lent from. Once per space.
+    /// Names the window that granules are lent from. Once per space, and once
+    /// more in a forked child, after [`Space::disown_extents`].
     ///
     /// # Errors
     /// The kernel's, if there is no memory for the pool's table.
@@ -179,12 +180,14 @@ impl Space {
     /// stays for ever and that nobody else uses.
     pub unsafe fn open_window(&self, addr: usize, len: usize) -> Result<(), Errno> {
         let granules = len / GRANULE;
-        let table = map::table(pool::Pool::table_bytes(granules))?;
         let mut state = self.state.lock();
+        if state.window_len != len {
+            let table = map::table(pool::Pool::table_bytes(granules))?;
+            // SAFETY: a new table of the size that the pool asks for.
+            unsafe { state.pool.open(table, granules) };
+        }
         state.window = addr;
         state.window_len = len;
-        // SAFETY: a new table of the size that the pool asks for.
-        unsafe { state.pool.open(table, granules) };
         Ok(())
     }
 
@@ -417,22 +420,24 @@ impl Space {
     }
 
     /// In a forked child: leases belong to the parent, so the pool is
-    /// emptied, and granules on extents are not this process's any more.
+    /// emptied, and granules on extents are not this process's any more. No
+    /// mapping was inherited there, and none may come to lie there by chance:
+    /// what was live is inaccessible from now on.
     pub fn disown_extents(&self) {
         let mut state = self.state.lock();
         while state.pool.take().is_some() {}
-        for index in 0..state.high {
-            if !matches!(state.granule(index).backing, Backing::Extent(_)) {
-                continue;
-            }
-            // The pages stay marked as live: nothing may be handed out where
-            // the mapping was not inherited.
-            state.granule_mut(index).in_flight = true;
-            state.set_gap(index);
+        let mut index = 0;
+        while let Some(run) = state.next_extents(index) {
+            index = run.end;
+            state.disown(run);
         }
-        state.usage.extent_live = 0;
-        state.usage.extent_held = 0;
-        state.usage.idle = 0;
+        let usage = &mut state.usage;
+        *usage = Usage {
+            dram_live: usage.dram_live,
+            dram_held: usage.dram_held,
+            ..Usage::NEW
+        };
+        usage.note_peaks();
         self.set_exhausted(true);
     }
 }

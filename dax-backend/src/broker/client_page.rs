@@ -125,6 +125,9 @@ client_page! {
     heap_live_peak_total,
     /// Share of that peak on extents, in basis points (10,000 = all).
     extent_share_at_peak,
+    /// Live granules that could not be moved before a fork, and so are missing
+    /// in the child.
+    unforked_granules,
 }
 
 const _: () = assert!(size_of::<ClientPage>() <= PAGE_SIZE);

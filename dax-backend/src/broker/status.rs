@@ -172,6 +172,9 @@ pub struct RunTotal {
     pub evacuated_granules: u64,
     /// Granules moved back onto extents.
     pub promoted_granules: u64,
+    /// Live granules that forks left out.
+    #[serde(default)]
+    pub unforked_granules: u64,
     /// Times that extents ran out for a process.
     pub exhausted_count: u64,
     /// All `DEGRADED_*` bits of all processes.
@@ -204,6 +207,7 @@ impl RunTotal {
         add(&mut self.recall_bytes_refused, stats.recall_bytes_refused);
         add(&mut self.evacuated_granules, stats.evacuated_granules);
         add(&mut self.promoted_granules, stats.promoted_granules);
+        add(&mut self.unforked_granules, stats.unforked_granules);
         add(&mut self.exhausted_count, stats.exhausted_count);
         self.degraded_flags |= stats.degraded_flags;
     }
