@@ -64,12 +64,8 @@ pub(crate) fn broker(size: u64, offer: &[u64], config: BrokerConfig) -> anyhow::
         .context("no descriptor left for the window")?;
     let window =
         Window::map(fd, 0, device.dc_span().len).context("cannot map the device's memory")?;
-    Ok(Broker::new(
-        Box::new(device),
-        Some(Box::new(fabric)),
-        window,
-        config,
-    ))
+    Broker::new(Box::new(device), Some(Box::new(fabric)), window, config)
+        .context("no thread left for the device")
 }
 
 /// Polls until `bytes` are accepted, so that the first program finds them.

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::admin::{Added, AdminReply, RejectedExtent};
 use super::connection::ConnectionId;
-use super::handover::describe;
+use super::fabric::FabricThread;
 use super::recall::{RecallRequest, Target};
 use super::receipt::{DpaSpan, Origin};
 use super::server::Broker;
@@ -21,23 +21,32 @@ pub(super) const OFFER_PATIENCE: Duration = Duration::from_secs(5);
 /// An offer made for an operator who waits for what comes of it.
 #[derive(Debug)]
 pub(super) struct PendingAdd {
+    ticket: u64,
     requester: ConnectionId,
     requested: Instant,
-    offered: Vec<DpaRange>,
+    /// `None`: the orchestrator has not answered.
+    offered: Option<Vec<DpaRange>>,
     added: Added,
 }
 
+/// An offered extent that the driver has accepted or, for a reason, rejected.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    range: DpaRange,
+    rejected: Option<String>,
+}
+
 impl PendingAdd {
-    fn concerns(&self, extent: &Extent) -> bool {
-        self.offered
-            .iter()
-            .any(|offered| offered.intersects(&extent.range))
+    fn concerns(&self, range: &DpaRange) -> bool {
+        let offered = self.offered.iter().flatten();
+        offered.into_iter().any(|offered| offered.intersects(range))
     }
 
     fn is_settled(&self) -> bool {
         let bytes = |spans: &[DpaSpan]| spans.iter().map(|span| span.len).sum::<u64>();
         let rejected: u64 = self.added.rejected.iter().map(|r| r.span.len).sum();
-        bytes(&self.added.accepted) + rejected >= bytes(&self.added.offered)
+        self.offered.is_some()
+            && bytes(&self.added.accepted) + rejected >= bytes(&self.added.offered)
     }
 }
 
@@ -46,72 +55,121 @@ impl Broker {
     pub(super) fn add(
         &mut self,
         requester: ConnectionId,
-        sizes: &[u64],
+        sizes: Vec<u64>,
         tag: Option<Uuid>,
         now: Instant,
     ) {
         let tag = tag.map_or(ExtentTag::NULL, ExtentTag::from);
-        let refused = match &mut self.orchestrator {
-            None => "this broker has no orchestrator: capacity of its device is added by the \
+        let refused = match &mut self.fabric {
+            None => {
+                "this broker has no orchestrator: capacity of its device is added by the \
                      fabric manager (FM-API, Redfish or QMP), not by dcm add"
-                .to_owned(),
-            Some(_) if sizes.is_empty() => "no size given".to_owned(),
-            Some(orchestrator) => match orchestrator.add(sizes, tag) {
-                Ok(extents) => {
-                    let offered: Vec<DpaRange> = extents.iter().map(|e| e.range).collect();
-                    self.adds.push(PendingAdd {
-                        requester,
-                        requested: now,
-                        added: Added {
-                            offered: offered.iter().copied().map(DpaSpan::from).collect(),
-                            ..Added::default()
-                        },
-                        offered,
-                    });
-                    self.stay_busy(now);
-                    return;
-                }
-                Err(error) => describe(&error),
-            },
-        };
-        self.reply(requester, &AdminReply::Error { message: refused }, now);
-    }
-
-    /// Takes what the device has to say; whether it said anything.
-    pub(super) fn take_device_events(&mut self, now: Instant) -> Result<bool, ()> {
-        let events = match self.device.poll() {
-            Ok(events) => events,
-            Err(error) => {
-                self.device_error = Some(describe(&error));
-                return Err(());
+            }
+            Some(_) if sizes.is_empty() => "no size given",
+            Some(fabric) => {
+                self.adds.push(PendingAdd {
+                    ticket: fabric.add(sizes, tag),
+                    requester,
+                    requested: now,
+                    offered: None,
+                    added: Added::default(),
+                });
+                return;
             }
         };
-        if events.is_empty() {
-            return Ok(false);
+        let message = refused.to_owned();
+        self.reply(requester, &AdminReply::Error { message }, now);
+    }
+
+    /// Takes what the orchestrator has answered.
+    pub(super) fn take_answers(&mut self, now: Instant) {
+        let answers = self.fabric.as_ref().map(FabricThread::answers);
+        for answer in answers.into_iter().flatten() {
+            self.device.hurry();
+            match answer.offered {
+                Ok(extents) => self.offered(answer.ticket, &extents),
+                Err(message) => {
+                    let adds = self.adds.extract_if(.., |add| add.ticket == answer.ticket);
+                    let mut refused: Vec<ConnectionId> = adds.map(|add| add.requester).collect();
+                    let forces = self.forces.extract_if(.., |f| f.ticket == answer.ticket);
+                    refused.extend(forces.map(|force| force.requester));
+                    for requester in refused {
+                        let message = message.clone();
+                        self.reply(requester, &AdminReply::Error { message }, now);
+                    }
+                }
+            }
         }
+        self.answer_adds(now, PendingAdd::is_settled);
+    }
+
+    fn offered(&mut self, ticket: u64, extents: &[Extent]) {
+        let ranges: Vec<DpaRange> = extents.iter().map(|extent| extent.range).collect();
+        if let Some(add) = self.adds.iter_mut().find(|add| add.ticket == ticket) {
+            add.added.offered = ranges.iter().copied().map(DpaSpan::from).collect();
+            add.offered = Some(ranges);
+        }
+        // The device may have been quicker than the orchestrator's answer.
+        for outcome in std::mem::take(&mut self.outcomes) {
+            self.book(outcome);
+        }
+    }
+
+    fn book(&mut self, outcome: Outcome) {
+        let range = outcome.range;
+        if let Some(add) = self.adds.iter_mut().find(|add| add.concerns(&range)) {
+            match outcome.rejected {
+                None => add.added.accepted.push(range.into()),
+                Some(reason) => add.added.rejected.push(RejectedExtent {
+                    span: range.into(),
+                    reason,
+                }),
+            }
+        } else if self.adds.iter().any(|add| add.offered.is_none()) {
+            self.outcomes.push(outcome);
+        }
+    }
+
+    /// Takes what the device's thread has to say.
+    pub(super) fn take_reports(&mut self, now: Instant) {
+        for report in self.device.reports() {
+            self.device.snapshot = report.snapshot;
+            match report.polled {
+                Ok(events) => self.take_device_events(events, now),
+                Err(error) => self.device_error = Some(error),
+            }
+            if let Some(result) = report.released {
+                self.handed_over(result, now);
+            }
+        }
+        self.answer_adds(now, PendingAdd::is_settled);
+    }
+
+    fn take_device_events(&mut self, events: Vec<DeviceEvent>, now: Instant) {
         let (mut wanted, mut taken) = (Vec::new(), Vec::new());
         for event in events {
             match event {
                 DeviceEvent::Accepted { extents } => {
                     for extent in extents {
-                        if let Some(add) = self.adds.iter_mut().find(|add| add.concerns(&extent)) {
-                            add.added.accepted.push(extent.range.into());
-                        }
+                        self.book(Outcome {
+                            range: extent.range,
+                            rejected: None,
+                        });
                     }
                 }
                 DeviceEvent::Rejected { extents } => {
                     for (extent, reason) in extents {
-                        if let Some(add) = self.adds.iter_mut().find(|add| add.concerns(&extent)) {
-                            add.added.rejected.push(RejectedExtent {
-                                span: extent.range.into(),
-                                reason: reason.to_string(),
-                            });
-                        }
+                        self.book(Outcome {
+                            range: extent.range,
+                            rejected: Some(reason.to_string()),
+                        });
                     }
                 }
                 DeviceEvent::ReleaseRequested { range, .. } => wanted.push(range),
                 DeviceEvent::ForcedRelease { range, .. } => taken.push(range),
-                DeviceEvent::RegionsUpdated { .. } => self.table.block = self.device.block_size(),
+                DeviceEvent::RegionsUpdated { .. } => {
+                    self.table.block = self.device.snapshot.block_size;
+                }
                 DeviceEvent::Overflow { lost } => {
                     self.device_error = Some(format!(
                         "the device's event log ran over: {lost} records lost"
@@ -134,9 +192,6 @@ impl Broker {
             };
             self.recall(request, now);
         }
-        self.wipe();
-        self.answer_adds(Instant::now(), PendingAdd::is_settled);
-        Ok(true)
     }
 
     /// Answers operators whose offer never arrived, with what is known.
@@ -152,9 +207,22 @@ impl Broker {
             .extract_if(.., |add| done(add))
             .collect::<Vec<_>>()
         {
-            let spent = now.saturating_duration_since(add.requested);
+            let spent = now
+                .max(Instant::now())
+                .saturating_duration_since(add.requested);
             add.added.duration_us = spent.as_micros() as u64;
-            self.reply(add.requester, &AdminReply::Added(add.added), now);
+            let reply = match add.offered {
+                Some(_) => AdminReply::Added(add.added),
+                None => AdminReply::Error {
+                    message: "the orchestrator has not answered yet; what it offers is accepted \
+                              when it comes"
+                        .into(),
+                },
+            };
+            self.reply(add.requester, &reply, now);
+        }
+        if self.adds.iter().all(|add| add.offered.is_some()) {
+            self.outcomes.clear();
         }
     }
 }

@@ -7,7 +7,6 @@ use std::time::Instant;
 use super::adding::OFFER_PATIENCE;
 use super::admin::AdminReply;
 use super::connection::ConnectionId;
-use super::handover::describe;
 use super::lease::ClientId;
 use super::protocol::{Kind, MAX_RANGES, Message, RECALL_LOST, RefusalReason, WindowRange};
 use super::recall::Target;
@@ -18,7 +17,8 @@ use crate::address::DpaRange;
 /// Memory that the orchestrator takes for an operator who waits for the receipt.
 #[derive(Debug)]
 pub(super) struct PendingForce {
-    requester: ConnectionId,
+    pub(super) ticket: u64,
+    pub(super) requester: ConnectionId,
     requested: Instant,
     range: DpaRange,
 }
@@ -27,30 +27,32 @@ impl Broker {
     /// Has the orchestrator take what an operator names. Everything else is
     /// as if the fabric manager had done so by itself.
     pub(super) fn force(&mut self, requester: ConnectionId, target: &Target, now: Instant) {
-        let refused = match (&mut self.orchestrator, target) {
+        let refused = match (&mut self.fabric, target) {
             (_, Target::Bytes(_)) => {
                 "what is taken by force must be named: a range (0x20000000+256M), not a size"
-                    .to_owned()
             }
-            (None, _) => "this broker has no orchestrator: only the fabric manager of its device \
+            (None, _) => {
+                "this broker has no orchestrator: only the fabric manager of its device \
                           can take capacity by force"
-                .to_owned(),
-            (Some(orchestrator), Target::Ranges(ranges)) => {
-                match orchestrator.release(ranges, true) {
-                    Ok(()) => {
-                        self.forces.extend(ranges.iter().map(|range| PendingForce {
-                            requester,
-                            requested: now,
-                            range: *range,
-                        }));
-                        self.stay_busy(now);
-                        return;
-                    }
-                    Err(error) => describe(&error),
-                }
+            }
+            (Some(fabric), Target::Ranges(ranges)) => {
+                let ticket = fabric.force(ranges.clone());
+                self.forces.extend(ranges.iter().map(|range| PendingForce {
+                    ticket,
+                    requester,
+                    requested: now,
+                    range: *range,
+                }));
+                return;
             }
         };
-        self.reply(requester, &AdminReply::Error { message: refused }, now);
+        self.reply(
+            requester,
+            &AdminReply::Error {
+                message: refused.into(),
+            },
+            now,
+        );
     }
 
     /// Tells operators of forced releases that the device has not announced.

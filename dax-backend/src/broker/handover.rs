@@ -1,67 +1,100 @@
 //! What is marked and free goes to the device.
 #![forbid(unsafe_code)]
 
+use std::time::Instant;
+
+use super::protocol::WindowRange;
 use super::recall::ActiveRecall;
-use super::receipt::{DpaSpan, Receipt};
+use super::receipt::DpaSpan;
 use super::server::Broker;
 use crate::address::DpaRange;
 
+/// What the device is taking back at the moment.
+#[derive(Debug)]
+pub(super) struct Leaving {
+    /// Each part, and the granules in it.
+    parts: Vec<(DpaRange, Vec<WindowRange>)>,
+    /// Nobody had been asked: it was free anyway.
+    unasked: bool,
+    /// The recall that claimed some of it, and the bytes.
+    claim: Option<(u64, u64)>,
+}
+
 impl Broker {
-    /// Gives the device what is marked and free, outside of any client's answer.
-    pub(super) fn release_marked(&mut self) {
-        let mut recall = self.recalls.active.take();
-        let mut error = None;
-        let released = self.release_to_device(&mut error);
-        if let Some(recall) = &mut recall {
-            credit(recall, released, |receipt| &mut receipt.returned_free);
-            recall.device_error = error.or(recall.device_error.take());
+    /// Gives the device what is marked and free. It takes one order at a time:
+    /// what becomes free meanwhile goes with the next.
+    pub(super) fn hand_over(&mut self, recall: Option<&ActiveRecall>) {
+        if self.leaving.is_some() {
+            return;
         }
-        self.recalls.active = recall;
+        let mut parts = self.table.releasable();
+        parts.extend(self.stranded.drain(..).map(|range| (range, Vec::new())));
+        if parts.is_empty() {
+            return;
+        }
+        let slots: Vec<WindowRange> = parts.iter().flat_map(|(_, slots)| slots.clone()).collect();
+        self.table.leave(&slots);
+        let ranges = parts.iter().map(|(range, _)| *range).collect();
+        self.device.release(slots, ranges);
+        self.leaving = Some(Leaving {
+            parts,
+            unasked: recall.is_none_or(|recall| !recall.has_asked()),
+            claim: recall.map(|recall| (recall.receipt.id, recall.claimed)),
+        });
     }
 
-    /// Wipes and releases what is marked and free. What the device does not
-    /// take becomes ordinary free memory again.
-    pub(super) fn release_to_device(&mut self, error: &mut Option<String>) -> Vec<DpaRange> {
-        let parts = self.table.releasable();
-        if parts.is_empty() {
-            return Vec::new();
-        }
-        for slots in parts.iter().flat_map(|(_, slots)| slots) {
-            self.window.discard(*slots);
-        }
-        let ranges: Vec<DpaRange> = parts.iter().map(|(range, _)| *range).collect();
-        if let Err(refused) = self.device.release(&ranges) {
-            *error = Some(describe(&refused));
-            self.device_error.clone_from(error);
-        }
-        self.sync_capacity();
+    /// The device is done with an order. What it did not take becomes ordinary
+    /// free memory again.
+    pub(super) fn handed_over(&mut self, result: Result<(), String>, now: Instant) {
+        let Some(leaving) = self.leaving.take() else {
+            return;
+        };
         let mut released = Vec::new();
-        for (range, slots) in parts {
+        for (range, slots) in leaving.parts {
             if self.table.accepted_in(&range) == 0 {
                 released.push(range);
             } else {
-                self.table.unmark(&slots);
+                self.table.stay(&slots);
             }
         }
-        released
+        let mut recall = self.recalls.active.take();
+        if let Some(recall) = &mut recall {
+            if let Some((id, bytes)) = leaving.claim
+                && id == recall.receipt.id
+            {
+                recall.claimed -= bytes.min(recall.claimed);
+            }
+            credit(recall, released, leaving.unasked);
+        }
+        if let Err(error) = result {
+            if let Some(recall) = &mut recall {
+                recall.device_error = Some(error.clone());
+            }
+            self.device_error = Some(error);
+        }
+        self.hand_over(recall.as_ref());
+        if let Some(recall) = recall {
+            self.go_on(recall, now);
+        }
     }
 }
 
 /// Books what went back to the device under one of the receipt's steps.
-pub(super) fn credit(
-    recall: &mut ActiveRecall,
-    released: Vec<DpaRange>,
-    step: impl FnOnce(&mut Receipt) -> &mut u64,
-) {
+fn credit(recall: &mut ActiveRecall, released: Vec<DpaRange>, unasked: bool) {
     let bytes: u64 = released.iter().map(|range| range.len).sum();
-    recall.receipt.returned += bytes;
-    *step(&mut recall.receipt) += bytes;
-    recall
-        .receipt
+    let receipt = &mut recall.receipt;
+    receipt.returned += bytes;
+    if unasked {
+        receipt.returned_free += bytes;
+    } else {
+        let moved = bytes.min(recall.rebound);
+        recall.rebound -= moved;
+        receipt.returned_rebound += moved;
+        receipt.returned_purged += bytes - moved;
+    }
+    receipt
         .ranges
         .extend(released.into_iter().map(DpaSpan::from));
-    // Whatever was claimed is released now, or unmarked because the device refused.
-    recall.claimed = 0;
 }
 
 /// An error with its causes, in one line.

@@ -35,6 +35,8 @@ pub(super) enum Slot {
     Lost(ClientId),
     /// Accepted, but faults: only the device may have it.
     Broken,
+    /// On its way to the device, which has not answered yet.
+    Leaving,
 }
 
 impl Slot {
@@ -52,6 +54,7 @@ pub(super) struct Counts {
     pub(super) leased: usize,
     pub(super) lost: usize,
     pub(super) broken: usize,
+    pub(super) leaving: usize,
 }
 
 impl Counts {
@@ -64,6 +67,7 @@ impl Counts {
             Slot::Leased(_) => Some(&mut self.leased),
             Slot::Lost(_) => Some(&mut self.lost),
             Slot::Broken => Some(&mut self.broken),
+            Slot::Leaving => Some(&mut self.leaving),
         }
     }
 }

@@ -9,6 +9,8 @@
 //!   allocates, because it runs inside `malloc`.
 //! - [`server`] is the loop, `session` the clients, `adding` the device's
 //!   events, `report` the operator.
+//! - `driving` has the device on a thread of its own and `fabric` the
+//!   orchestrator, so that nobody waits for either; `helper` is their queues.
 //! - `recall` asks for memory back, `handover` gives it to the device,
 //!   `refusal` says who kept what; `forced` is when nobody was asked.
 //! - `lease` and `outgoing` are the table of who holds which granule, without
@@ -20,8 +22,11 @@ pub mod admin;
 pub mod client;
 pub mod client_page;
 mod connection;
+mod driving;
+mod fabric;
 mod forced;
 mod handover;
+mod helper;
 mod lease;
 pub mod listener;
 mod liveness;

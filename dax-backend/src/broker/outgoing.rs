@@ -76,6 +76,23 @@ impl LeaseTable {
         }
     }
 
+    /// The device is asked to take `ranges`, all of it free or broken.
+    pub(super) fn leave(&mut self, ranges: &[WindowRange]) {
+        for index in ranges.iter().flat_map(|range| granules(*range)) {
+            self.set(index, Slot::Leaving);
+        }
+    }
+
+    /// The device did not take `ranges`: they may be leased again.
+    pub(super) fn stay(&mut self, ranges: &[WindowRange]) {
+        for index in ranges.iter().flat_map(|range| granules(*range)) {
+            if self.slots[index] == Slot::Leaving {
+                self.set(index, Slot::Dirty);
+            }
+        }
+        self.unmark(ranges);
+    }
+
     /// Bytes that are marked.
     pub(super) fn marked_bytes(&self) -> u64 {
         self.outgoing.iter().filter(|marked| **marked).count() as u64 * GRANULE
@@ -150,12 +167,13 @@ impl LeaseTable {
         self.extents.iter().filter_map(overlap).map(|r| r.len).sum()
     }
 
-    /// What of `range` is free, and whether it is tagged.
+    /// What of `range` is free, or with the device, and whether it is tagged.
     pub(super) fn free_in(&self, range: &DpaRange) -> Vec<(DpaRange, bool)> {
         let mut free = Vec::new();
         for extent in &self.extents {
             let mut runs = Vec::new();
-            for index in extent.slots().filter(|i| self.slots[*i].is_free()) {
+            let idle = |i: &usize| self.slots[*i].is_free() || self.slots[*i] == Slot::Leaving;
+            for index in extent.slots().filter(idle) {
                 push_merged(&mut runs, range_of(index, 1));
             }
             let parts = runs

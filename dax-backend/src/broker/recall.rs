@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use super::admin::AdminReply;
 use super::connection::ConnectionId;
-use super::handover::credit;
 use super::lease::ClientId;
 use super::protocol::{GRANULE, Kind, MAX_RANGES, Message, Ranges, RefusalReason, WindowRange};
 use super::receipt::{Origin, Receipt};
@@ -20,6 +19,9 @@ use crate::address::DpaRange;
 
 /// Receipts kept for `dcm status`.
 const HISTORY: usize = 64;
+/// After the deadline, how long the device may take for what came back before
+/// it: the time-out of one command (CXL r3.1 8.2.8.4) and some.
+const DEVICE_PATIENCE: Duration = Duration::from_millis(2500);
 
 /// What is asked back.
 #[derive(Debug, Clone)]
@@ -92,15 +94,25 @@ pub(super) struct ActiveRecall {
     spent: BTreeSet<ClientId>,
     /// Free bytes marked for this recall and not released yet.
     pub(super) claimed: u64,
+    /// Bytes that clients moved out of the way and the device has not taken yet.
+    pub(super) rebound: u64,
+    /// The deadline has passed; only the device is waited for.
+    closing: bool,
     /// Marked by this recall, leased or free.
     marked: Vec<WindowRange>,
     rounds: u32,
+    asked: bool,
 }
 
 impl ActiveRecall {
     pub(super) fn missing(&self) -> u64 {
         let have = self.receipt.returned + self.claimed;
         self.receipt.asked.saturating_sub(have)
+    }
+
+    /// Whether any client was asked.
+    pub(super) fn has_asked(&self) -> bool {
+        self.asked
     }
 
     fn decline(&mut self, ask: &Ask, pid: u32, reason: RefusalReason) {
@@ -123,23 +135,37 @@ impl Broker {
 
     /// Ends what is overdue, and starts what waits.
     pub(super) fn advance_recalls(&mut self, now: Instant) {
-        if let Some(mut recall) = self.recalls.active.take_if(|recall| recall.deadline <= now) {
-            self.claim(&mut recall);
-            let late = std::mem::take(&mut recall.waiting);
-            for ask in late.into_values() {
-                let pid = self.clients.get(&ask.client).map_or(0, |c| c.peer.pid);
-                recall.decline(&ask, pid, RefusalReason::Deadline);
-            }
-            let released = self.release_to_device(&mut recall.device_error);
-            credit(&mut recall, released, |receipt| {
-                &mut receipt.returned_purged
-            });
-            self.finish(recall, now);
+        if let Some(recall) = self.recalls.active.take_if(|recall| recall.deadline <= now) {
+            self.deadline_passed(recall, now);
         }
         if self.recalls.active.is_none() && std::mem::take(&mut self.recalls.returned) {
-            self.release_marked();
+            self.hand_over(None);
         }
         self.start_recalls(now);
+    }
+
+    fn deadline_passed(&mut self, mut recall: ActiveRecall, now: Instant) {
+        if recall.closing {
+            recall.device_error = Some("the device has not answered".into());
+            return self.finish(recall, now);
+        }
+        self.claim(&mut recall);
+        let late = std::mem::take(&mut recall.waiting);
+        for ask in late.into_values() {
+            let pid = self.clients.get(&ask.client).map_or(0, |c| c.peer.pid);
+            recall.decline(&ask, pid, RefusalReason::Deadline);
+        }
+        recall.closing = true;
+        recall.deadline = now + DEVICE_PATIENCE;
+        self.hand_over(Some(&recall));
+        self.go_on(recall, now);
+    }
+
+    /// What a client's end left goes on with the recall under way.
+    pub(super) fn hand_over_returned(&mut self) {
+        let recall = self.recalls.active.take();
+        self.hand_over(recall.as_ref());
+        self.recalls.active = recall;
     }
 
     fn start_recalls(&mut self, now: Instant) {
@@ -165,22 +191,20 @@ impl Broker {
             waiting: BTreeMap::new(),
             spent: BTreeSet::new(),
             claimed: 0,
+            rebound: 0,
+            closing: false,
             marked: Vec::new(),
             rounds: 0,
+            asked: false,
         };
         if let Target::Ranges(ranges) = &recall.target {
-            let mut stranded = Vec::new();
             for range in ranges {
                 recall.marked.extend(self.table.mark_range(range));
-                stranded.extend(self.table.stranded(range));
-            }
-            if !stranded.is_empty() && self.device.release(&stranded).is_ok() {
-                credit(&mut recall, stranded, |receipt| &mut receipt.returned_free);
+                self.stranded.extend(self.table.stranded(range));
             }
         }
         self.claim(&mut recall);
-        let released = self.release_to_device(&mut recall.device_error);
-        credit(&mut recall, released, |receipt| &mut receipt.returned_free);
+        self.hand_over(Some(&recall));
         self.go_on(recall, now);
     }
 
@@ -219,9 +243,10 @@ impl Broker {
         }
     }
 
-    /// Asks the next clients, or ends the recall when there is nobody to ask.
-    fn go_on(&mut self, mut recall: ActiveRecall, now: Instant) {
-        if recall.waiting.is_empty() && recall.deadline > now {
+    /// Asks the next clients, or ends the recall when there is nobody to ask
+    /// and the device has what came back.
+    pub(super) fn go_on(&mut self, mut recall: ActiveRecall, now: Instant) {
+        if recall.waiting.is_empty() && recall.deadline > now && !recall.closing {
             match recall.target {
                 Target::Bytes(_) => self.ask_for_bytes(&mut recall, now),
                 Target::Ranges(_) if recall.rounds == 0 => self.ask_for_ranges(&mut recall, now),
@@ -229,7 +254,7 @@ impl Broker {
             }
             recall.rounds += 1;
         }
-        if recall.waiting.is_empty() {
+        if recall.waiting.is_empty() && self.leaving.is_none() {
             self.finish(recall, now);
         } else {
             self.recalls.active = Some(recall);
@@ -303,6 +328,7 @@ impl Broker {
             .with_ranges(ranges);
         self.post(connection, message);
         recall.waiting.insert(id, Ask { client, bytes });
+        recall.asked = true;
     }
 
     /// A client says what it did. Answers to recalls that are over count for nothing.
@@ -330,15 +356,9 @@ impl Broker {
                     ranges: message.ranges(),
                 });
             }
+            recall.rebound = recall.rebound.saturating_add(rebound);
             self.claim(&mut recall);
-            let released = self.release_to_device(&mut recall.device_error);
-            let before = recall.receipt.returned;
-            credit(&mut recall, released, |receipt| {
-                &mut receipt.returned_purged
-            });
-            let rebound = rebound.min(recall.receipt.returned - before);
-            recall.receipt.returned_purged -= rebound;
-            recall.receipt.returned_rebound += rebound;
+            self.hand_over(Some(&recall));
         }
         self.go_on(recall, now);
     }

@@ -46,7 +46,7 @@ impl Broker {
                 explain(client.leased, RefusalReason::Unreachable, pid, None);
             }
         }
-        for (free, tagged) in self.table.free_in(&self.device.dc_span()) {
+        for (free, tagged) in self.table.free_in(&self.device.span()) {
             // What is free and went nowhere was no whole block or no whole tag,
             // or the device would not have it.
             let (reason, detail) = why_free_stayed(recall, tagged);

@@ -80,7 +80,7 @@ impl Broker {
                 let report = Box::new(self.run_report(run));
                 self.reply(id, &AdminReply::Run(report), now);
             }
-            AdminRequest::Add { sizes, tag } => self.add(id, &sizes, tag, now),
+            AdminRequest::Add { sizes, tag } => self.add(id, sizes, tag, now),
             AdminRequest::Release {
                 target,
                 deadline_ms,
@@ -103,7 +103,7 @@ impl Broker {
     }
 
     fn check_target(&self, target: ReleaseTarget) -> Result<Target, String> {
-        let unit = self.device.block_size().max(GRANULE);
+        let unit = self.device.snapshot.block_size.max(GRANULE);
         match target {
             ReleaseTarget::Bytes(0) => Err("nothing to release: the size is 0".into()),
             ReleaseTarget::Bytes(bytes) => Ok(Target::Bytes(
@@ -115,11 +115,11 @@ impl Broker {
                 let Some(range) = DpaRange::new(Dpa(dpa.0), len).filter(|r| !r.is_empty()) else {
                     return Err(format!("{dpa}+{len:#x} is empty or wraps around"));
                 };
-                if !range.is_aligned(self.device.dc_span().start, unit) {
+                if !range.is_aligned(self.device.span().start, unit) {
                     return Err(format!("{range} is not whole blocks of {unit:#x} bytes"));
                 }
-                if !self.device.dc_span().contains(&range) {
-                    let span = self.device.dc_span();
+                if !self.device.span().contains(&range) {
+                    let span = self.device.span();
                     return Err(format!("{range} is not inside the device's {span}"));
                 }
                 Ok(Target::Ranges(vec![range]))
@@ -154,11 +154,11 @@ impl Broker {
             uid: rustix::process::geteuid().as_raw(),
             version: env!("CARGO_PKG_VERSION").into(),
             uptime_ms: self.started.elapsed().as_millis() as u64,
-            orchestrator: self.orchestrator.is_some(),
+            orchestrator: self.fabric.is_some(),
             device: DeviceStatus {
-                span: self.device.dc_span().into(),
-                block_size: self.device.block_size(),
-                counters: self.device.counters(),
+                span: self.device.span().into(),
+                block_size: self.device.snapshot.block_size,
+                counters: self.device.snapshot.counters,
                 last_error: self.device_error.clone(),
             },
             capacity: self.capacity(),
@@ -182,7 +182,13 @@ impl Broker {
     fn capacity(&self) -> Capacity {
         let counts = self.table.counts();
         let bytes = |granules: usize| granules as u64 * GRANULE;
-        let accepted = self.device.accepted().iter().map(|e| e.range.len).sum();
+        let accepted = self
+            .device
+            .snapshot
+            .accepted
+            .iter()
+            .map(|e| e.range.len)
+            .sum();
         let free = bytes(counts.dirty + counts.clean + counts.warm);
         let leased = bytes(counts.leased);
         let whole: usize = self.table.extents.iter().map(|extent| extent.count).sum();
@@ -202,7 +208,7 @@ impl Broker {
 
     fn run_report(&self, run: Uuid) -> RunReport {
         let mut report = RunReport {
-            groups_answered: self.device.counters().groups_answered,
+            groups_answered: self.device.snapshot.counters.groups_answered,
             ..RunReport::default()
         };
         if let Some(ended) = self.runs.ended.get(&run) {

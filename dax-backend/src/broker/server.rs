@@ -1,8 +1,10 @@
-//! The broker's loop: one thread, one device, all sockets.
+//! The broker's loop: one thread for all sockets, which waits for nobody.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -10,9 +12,12 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use uuid::Uuid;
 
-use super::adding::PendingAdd;
+use super::adding::{Outcome, PendingAdd};
 use super::connection::{Connection, ConnectionId, Phase};
+use super::driving::DeviceThread;
+use super::fabric::FabricThread;
 use super::forced::PendingForce;
+use super::handover::Leaving;
 use super::lease::{ClientId, LeaseTable, Synced};
 use super::listener::Listener;
 use super::protocol::GRANULE;
@@ -23,6 +28,7 @@ use super::session::Client;
 use super::status::BrokerCounters;
 use super::stop::Stop;
 use super::warmer::Warmer;
+use crate::address::DpaRange;
 use crate::capacity::CapacityDevice;
 use crate::orchestrator::Orchestrator;
 
@@ -34,18 +40,6 @@ const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_millis(250);
 /// How long nobody is accepted after descriptors ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How long the device is polled quickly after something happened.
-const BUSY_FOR: Duration = Duration::from_secs(2);
-/// Intervals of polling the device: after something happened, while a client
-/// waits for capacity, when nothing goes on, and after an error.
-const POLL_BUSY: Duration = Duration::from_millis(1);
-const POLL_STARVING: Duration = Duration::from_millis(5);
-const POLL_IDLE: Duration = Duration::from_millis(20);
-const POLL_FAILED: Duration = Duration::from_millis(250);
-/// Longest interval after errors: a device that hangs takes its time-out each
-/// time, and clients wait with the broker.
-const POLL_HOPELESS: Duration = Duration::from_secs(16);
-
 /// Which users may take leases. Root and the broker's own user always may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admit {
@@ -80,9 +74,9 @@ impl Default for BrokerConfig {
 
 /// The owner of a device and of all leases of it.
 pub struct Broker {
-    pub(super) device: Box<dyn CapacityDevice>,
-    pub(super) orchestrator: Option<Box<dyn Orchestrator>>,
-    pub(super) window: Window,
+    pub(super) device: DeviceThread,
+    pub(super) fabric: Option<FabricThread>,
+    pub(super) window: Arc<Window>,
     pub(super) config: BrokerConfig,
     pub(super) table: LeaseTable,
     pub(super) connections: BTreeMap<ConnectionId, Connection>,
@@ -91,6 +85,12 @@ pub struct Broker {
     pub(super) recalls: Recalls,
     pub(super) adds: Vec<PendingAdd>,
     pub(super) forces: Vec<PendingForce>,
+    /// What became of offers that the orchestrator has not told of yet.
+    pub(super) outcomes: Vec<Outcome>,
+    /// With the device at the moment.
+    pub(super) leaving: Option<Leaving>,
+    /// Accepted but in no granule, and wanted back.
+    pub(super) stranded: Vec<DpaRange>,
     pub(super) counters: BrokerCounters,
     pub(super) started: Instant,
     pub(super) device_error: Option<String>,
@@ -98,9 +98,6 @@ pub struct Broker {
     pub(super) next_client: u32,
     next_connection: u64,
     accept_after: Instant,
-    next_poll: Instant,
-    failed_polls: u32,
-    busy_until: Instant,
     warmer: Option<Warmer>,
     /// Whether huge pages can be had; tried again when capacity changes.
     warming: bool,
@@ -109,22 +106,28 @@ pub struct Broker {
 impl Broker {
     /// A broker over `device`, whose memory `window` shows from the lowest DC
     /// region's base on. Capacity that the device lists as accepted is adopted.
+    ///
+    /// # Errors
+    /// No threads or descriptors left.
     pub fn new(
         device: Box<dyn CapacityDevice>,
         orchestrator: Option<Box<dyn Orchestrator>>,
         window: Window,
         config: BrokerConfig,
-    ) -> Self {
+    ) -> io::Result<Self> {
+        let window = Arc::new(window);
+        let device = DeviceThread::start(device, window.clone())?;
+        let fabric = orchestrator.map(FabricThread::start).transpose()?;
         let now = Instant::now();
-        let mut span = device.dc_span();
+        let mut span = device.span();
         span.len = span.len.min(window.len());
         let warmer = (config.warm_reserve > 0)
             .then(|| Warmer::start(window.mapping().clone()).ok())
             .flatten();
-        let table = LeaseTable::new(span, device.block_size());
+        let table = LeaseTable::new(span, device.snapshot.block_size);
         let mut broker = Self {
             device,
-            orchestrator,
+            fabric,
             window,
             config,
             table,
@@ -134,6 +137,9 @@ impl Broker {
             recalls: Recalls::default(),
             adds: Vec::new(),
             forces: Vec::new(),
+            outcomes: Vec::new(),
+            leaving: None,
+            stranded: Vec::new(),
             counters: BrokerCounters::default(),
             started: now,
             device_error: None,
@@ -147,14 +153,11 @@ impl Broker {
             next_client: 1,
             next_connection: 1,
             accept_after: now,
-            next_poll: now,
-            failed_polls: 0,
-            busy_until: now + BUSY_FOR,
             warmer,
             warming: true,
         };
         broker.sync_capacity();
-        broker
+        Ok(broker)
     }
 
     /// Serves `listener` until `stop` says so.
@@ -183,9 +186,8 @@ impl Broker {
         for id in ready.connections {
             self.converse(id, now);
         }
-        if now >= self.next_poll {
-            self.poll_device(now);
-        }
+        self.take_answers(now);
+        self.take_reports(now);
         self.wipe();
         self.grant_leases();
         self.probe_clients(now);
@@ -194,6 +196,8 @@ impl Broker {
         self.expire_forces(now);
         self.drop_silent_connections(now);
         self.warm();
+        let starving = self.clients.values().any(|client| client.starving);
+        self.device.set_starving(starving);
         Ok(())
     }
 
@@ -206,7 +210,11 @@ impl Broker {
         let mut fds = vec![
             PollFd::new(listener, accepting),
             PollFd::new(stop, PollFlags::IN),
+            PollFd::new(&self.device, PollFlags::IN),
         ];
+        if let Some(fabric) = &self.fabric {
+            fds.push(PollFd::new(fabric, PollFlags::IN));
+        }
         if let Some(warmer) = &self.warmer {
             fds.push(PollFd::new(warmer, PollFlags::IN));
         }
@@ -256,7 +264,7 @@ impl Broker {
         if self.table.next_dirty().is_some() {
             return now;
         }
-        let mut wake = self.next_poll.min(now + HOUSEKEEPING);
+        let mut wake = now + HOUSEKEEPING;
         wake = wake.min(self.recalls.deadline().unwrap_or(wake));
         for client in self.clients.values() {
             wake = wake.min(client.probe_due().unwrap_or(wake));
@@ -293,44 +301,12 @@ impl Broker {
             });
     }
 
-    fn poll_device(&mut self, now: Instant) {
-        let polled = self.take_device_events(now);
-        if polled.is_ok() {
-            self.failed_polls = 0;
-        }
-        let interval = match polled {
-            Err(()) => {
-                self.failed_polls += 1;
-                let doubled = 1 << (self.failed_polls - 1).min(10);
-                (POLL_FAILED * doubled).min(POLL_HOPELESS)
-            }
-            Ok(true) => {
-                self.stay_busy(now);
-                POLL_BUSY
-            }
-            Ok(false) if now < self.busy_until => POLL_BUSY,
-            Ok(false) if self.clients.values().any(|client| client.starving) => POLL_STARVING,
-            Ok(false) => POLL_IDLE,
-        };
-        // From now: the device may have taken its time.
-        self.next_poll = Instant::now() + interval;
-    }
-
-    /// Something is going on: look at the device now, and often for a while;
-    /// but a device that fails is left alone.
-    pub(super) fn stay_busy(&mut self, now: Instant) {
-        self.busy_until = now + BUSY_FOR;
-        if self.failed_polls == 0 {
-            self.next_poll = now;
-        }
-    }
-
     /// Takes over what the device says is accepted.
     pub(super) fn sync_capacity(&mut self) -> Synced {
-        let device = &self.device;
+        let device = &self.device.snapshot;
         let synced = self
             .table
-            .sync(device.accepted(), |range| device.sanitizes(range));
+            .sync(&device.accepted, |range| device.sanitizes(range));
         if synced.gained > 0 {
             self.warming = true;
         }

@@ -112,7 +112,7 @@ impl Broker {
         match (connection.phase, message.kind()) {
             (Phase::New { .. }, Some(Kind::Hello)) => self.hello(id, message, now),
             (Phase::Client(client), Some(Kind::Lease)) => {
-                self.lease_requested(client, message, now);
+                self.lease_requested(client, message);
             }
             (Phase::Client(client), Some(Kind::Return)) => self.returned(client, message),
             (Phase::Client(client), Some(Kind::RecallAnswer)) => {
@@ -180,7 +180,7 @@ impl Broker {
     fn welcome(&mut self, id: ConnectionId, run: Option<Uuid>) -> Result<(), RefusedCode> {
         let liveness = Liveness::new().map_err(|_| RefusedCode::Full)?;
         let client = ClientId(self.next_client);
-        let span = self.device.dc_span();
+        let span = self.device.span();
         let connection = self.connections.get_mut(&id).ok_or(RefusedCode::Full)?;
         let mut fds = vec![self.window.fd(), liveness.page()];
         let mut flags = 0;
@@ -227,7 +227,7 @@ impl Broker {
         Ok(())
     }
 
-    fn lease_requested(&mut self, id: ClientId, message: &Message, now: Instant) {
+    fn lease_requested(&mut self, id: ClientId, message: &Message) {
         if let Some(client) = self.clients.get_mut(&id) {
             // More than the window has can't be granted; rounding up must not wrap.
             client
@@ -235,7 +235,7 @@ impl Broker {
                 .push_back(message.arg(0).min(self.window.len()));
             client.leases += 1;
             self.counters.leases += 1;
-            self.stay_busy(now);
+            self.device.hurry();
         }
     }
 
@@ -381,7 +381,7 @@ impl Broker {
             }
             self.runs.ended(client.report(true));
             self.claim_for_recall();
-            self.release_marked();
+            self.hand_over_returned();
             self.recall_unanswerable(id, now);
         }
         for id in silent {

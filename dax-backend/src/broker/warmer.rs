@@ -5,21 +5,16 @@
 //! milliseconds, which the broker's loop does not have.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread;
 
-use rustix::event::{EventfdFlags, eventfd};
-
+use super::helper::Helper;
 use super::mapping::Mapping;
 
 /// The thread, and the granule it is working on.
 #[derive(Debug)]
 pub(super) struct Warmer {
-    orders: Sender<u64>,
-    done: Receiver<Warmed>,
-    event: Arc<OwnedFd>,
+    thread: Helper<u64, Warmed>,
     busy: bool,
 }
 
@@ -35,28 +30,19 @@ pub(super) struct Warmed {
 impl Warmer {
     /// Starts the thread. It ends when the warmer is dropped.
     pub(super) fn start(mapping: Arc<Mapping>) -> io::Result<Self> {
-        let event = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        let (orders, incoming) = channel();
-        let (outgoing, done) = channel();
-        let bell = event.clone();
-        thread::Builder::new()
-            .name("dcm-warm".into())
-            .spawn(move || {
-                // Programs come first. Linux takes 0 for the calling thread.
-                // SAFETY: changes a priority; failing is harmless.
-                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
-                for offset in incoming {
-                    let huge = mapping.collapse(offset);
-                    if outgoing.send(Warmed { offset, huge }).is_err() {
-                        return;
-                    }
-                    let _ = rustix::io::write(&bell, &1u64.to_ne_bytes());
+        let thread = Helper::start("dcm-warm", move |orders, results| {
+            // Programs come first. Linux takes 0 for the calling thread.
+            // SAFETY: changes a priority; failing is harmless.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
+            for offset in orders {
+                let huge = mapping.collapse(offset);
+                if !results.send(Warmed { offset, huge }) {
+                    return;
                 }
-            })?;
+            }
+        })?;
         Ok(Self {
-            orders,
-            done,
-            event,
+            thread,
             busy: false,
         })
     }
@@ -68,13 +54,12 @@ impl Warmer {
 
     /// Has the granule at `offset` made a huge page.
     pub(super) fn order(&mut self, offset: u64) {
-        self.busy = self.orders.send(offset).is_ok();
+        self.busy = self.thread.order(offset);
     }
 
     /// What has become of the last order, if it is done.
     pub(super) fn finished(&mut self) -> Option<Warmed> {
-        let _ = rustix::io::read(&self.event, &mut [0u8; 8]);
-        let warmed = self.done.try_recv().ok()?;
+        let warmed = self.thread.results().pop()?;
         self.busy = false;
         Some(warmed)
     }
@@ -83,6 +68,6 @@ impl Warmer {
 impl AsFd for Warmer {
     /// Readable when an order is done.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
+        self.thread.as_fd()
     }
 }

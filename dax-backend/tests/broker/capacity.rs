@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use dax_backend::broker::admin::{AdminReply, AdminRequest};
-use dax_backend::broker::{FromBroker, GRANULE};
+use dax_backend::broker::admin::{AdminReply, AdminRequest, ReleaseTarget};
+use dax_backend::broker::{FromBroker, GRANULE, RefusalReason};
 use dax_backend::extent::ExtentTag;
 use dax_backend::model::{Fault, FaultKind};
 use dax_backend::orchestrator::Orchestrator;
@@ -136,4 +136,49 @@ fn leases_go_on_while_the_device_hangs() {
     let status = rig.status();
     assert!(status.device.counters.timeouts > 0);
     assert_eq!(status.capacity.leased, 0);
+}
+
+/// The broker's one thread used to wait with the device, and every client with it.
+#[test]
+fn a_slow_device_slows_no_client() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    let delay = Duration::from_secs(1);
+    rig.model.set_doorbell_delay(delay);
+    let mut fabric = rig.model.fabric();
+    Orchestrator::add(&mut fabric, &[8 * GRANULE], ExtentTag::NULL).unwrap();
+    let (started, mut longest, mut leases) = (Instant::now(), Duration::ZERO, 0);
+    // Reading, clearing and answering take a command each.
+    while rig.model.audit().accepted.len() < 2 {
+        assert!(started.elapsed() < 30 * delay, "the offer is not answered");
+        let asked = Instant::now();
+        let (ranges, _) = client.lease(2);
+        assert_eq!(total(&ranges), 2 * GRANULE);
+        client.give_back(&ranges);
+        longest = longest.max(asked.elapsed());
+        leases += 1;
+    }
+    println!("{leases} leases, the longest {longest:?}, while each command takes {delay:?}");
+    assert!(longest < delay / 2, "{longest:?}");
+    rig.model.set_doorbell_delay(Duration::ZERO);
+}
+
+#[test]
+fn a_release_that_hangs_is_in_the_receipt_and_nobody_gets_the_memory_meanwhile() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    rig.model.inject(Fault::on(0x4803, FaultKind::HangExecuted));
+    let receipt = rig.release(ReleaseTarget::Bytes(4 * GRANULE), 100);
+    assert_eq!(receipt.returned, 0);
+    assert_eq!(receipt.refused[0].reason, RefusalReason::Device);
+    // It may have been executed, and was.
+    assert_eq!(total(&client.lease(8).0), 4 * GRANULE);
+    rig.model.reset();
+    let status = rig.until(Duration::from_secs(30), |status| {
+        status.capacity.accepted == 4 * GRANULE
+    });
+    assert_eq!(
+        (status.capacity.leased, status.capacity.lost),
+        (4 * GRANULE, 0)
+    );
 }

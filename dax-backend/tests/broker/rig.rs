@@ -199,7 +199,7 @@ fn broker_over(model: &SoftwareDevice, setup: &Setup) -> Broker {
         true => Some(Box::new(fabric)),
         false => None,
     };
-    Broker::new(Box::new(device), orchestrator, window, config)
+    Broker::new(Box::new(device), orchestrator, window, config).unwrap()
 }
 
 /// A client that does what the test tells it.
