@@ -13,6 +13,7 @@ use core::time::Duration;
 use std::time::Instant;
 use tikv_jemalloc_sys as je;
 
+use super::{ArenaIndex, purge};
 use crate::space::{GRANULE, Run, Space, Tier};
 use crate::sync::Signal;
 
@@ -135,7 +136,13 @@ impl Hooks {
         &raw const self.table
     }
 
-    fn alloc_extent(&self, size: usize, alignment: usize) -> Option<Run> {
+    fn alloc_extent(&self, arena: ArenaIndex, size: usize, alignment: usize) -> Option<Run> {
+        if let Some(run) = self.space.alloc_in_use(Tier::Extent, size, alignment) {
+            return Some(run);
+        }
+        // Before another granule is taken, what the arena has freed and still
+        // keeps is let go: jemalloc does not cut small runs from large ones.
+        purge(arena);
         let lent = || self.space.alloc(Tier::Extent, size, alignment, false);
         let run = lent();
         if self.space.runs_low() {
@@ -181,14 +188,14 @@ unsafe extern "C" fn alloc(
     alignment: usize,
     zero: *mut bool,
     commit: *mut bool,
-    _arena: c_uint,
+    arena: c_uint,
 ) -> *mut c_void {
     // SAFETY: called by jemalloc.
     let hooks = unsafe { Hooks::of(table) };
     let run = match (new_addr.is_null(), hooks.tier) {
         (false, tier) => hooks.space.alloc_at(tier, new_addr as usize, size),
         (true, Tier::Dram) => hooks.space.alloc(Tier::Dram, size, alignment, true),
-        (true, Tier::Extent) => hooks.alloc_extent(size, alignment),
+        (true, Tier::Extent) => hooks.alloc_extent(ArenaIndex(arena), size, alignment),
     };
     let Some(run) = run else { return null_mut() };
     // SAFETY: jemalloc's own flag: whether it must have zeroes.

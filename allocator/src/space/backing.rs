@@ -19,7 +19,7 @@ impl State {
             }
             let by_choice = self.interleaves(tier);
             let lent = tier == Tier::Extent && !by_choice && !self.extents_closed;
-            if lent && self.back_with_lent(index) {
+            if lent && (self.back_with_lent(index) || self.back_with_idle(index, &run)) {
                 index += 1;
                 continue;
             }
@@ -63,6 +63,33 @@ impl State {
             return false;
         }
         self.now_backed(index, Backing::Extent(offset), Tier::Extent, false);
+        true
+    }
+
+    /// Gives a bare granule the extent of an idle one outside of `run`, for
+    /// runs that need more neighbours than are idle side by side.
+    fn back_with_idle(&mut self, index: usize, run: &Range<usize>) -> bool {
+        let idle = |&i: &usize| !run.contains(&i) && self.granule(i).is_idle();
+        let Some(from) = (0..self.high).rev().find(idle) else {
+            return false;
+        };
+        let Granule { backing, dirty, .. } = *self.granule(from);
+        let Backing::Extent(offset) = backing else {
+            return false;
+        };
+        let (at, alias) = (self.addr(index), self.window + offset as usize);
+        // SAFETY: a bare granule, and an extent of this space's that nothing
+        // lives on.
+        if unsafe { map::back_with_window(at, alias, GRANULE) }.is_err() {
+            return false;
+        }
+        self.now_backed(index, backing, Tier::Extent, false);
+        self.granule_mut(index).dirty = dirty;
+        // SAFETY: nothing in it is live. Should the kernel have no memory for
+        // the change, the old mapping stays behind a bare granule, unused.
+        let _ = unsafe { map::unback(self.addr(from), GRANULE) };
+        *self.granule_mut(from) = Granule::NEW;
+        self.set_gap(from);
         true
     }
 

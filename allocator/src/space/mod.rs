@@ -266,6 +266,23 @@ impl Space {
         run
     }
 
+    /// As [`Space::alloc`], but only in granules that are backed already.
+    pub fn alloc_in_use(&self, tier: Tier, len: usize, align: usize) -> Option<Run> {
+        let pages = len.checked_next_multiple_of(PAGE)? / PAGE;
+        let mut state = self.state.lock();
+        if state.granules == 0 || pages == 0 || align > GRANULE {
+            return None;
+        }
+        let within = match pages < PAGES_PER_GRANULE {
+            true => state.alloc_within(tier, pages, align / PAGE),
+            false => None,
+        };
+        within.or_else(|| match align <= PAGE {
+            true => state.alloc_between(tier, pages),
+            false => None,
+        })
+    }
+
     /// Whether the reserved addresses could hold `granules` at all.
     pub fn has_room_for(&self, granules: usize) -> bool {
         granules <= self.state.lock().granules

@@ -98,6 +98,11 @@ impl PageMap {
         })
     }
 
+    /// How many pages at the start are not in the set.
+    pub fn free_start(&self) -> usize {
+        self.next_set(0)
+    }
+
     fn next_clear(&self, from: usize) -> usize {
         self.next(from, u64::MAX)
     }
@@ -164,6 +169,8 @@ mod tests {
             prop_assert_eq!(map.first_gap(len, 1 << shift), naive_gap(&naive, len, 1 << shift));
             let free = naive.iter().rev().take_while(|taken| !**taken).count();
             prop_assert_eq!(map.free_end(), free);
+            let free = naive.iter().take_while(|taken| !**taken).count();
+            prop_assert_eq!(map.free_start(), free);
             let longest = map.longest_gap();
             prop_assert!(longest == 0 || naive_gap(&naive, longest, 1).is_some());
             prop_assert!(longest == 512 || naive_gap(&naive, longest + 1, 1).is_none());

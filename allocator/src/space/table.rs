@@ -40,6 +40,17 @@ pub(super) struct State {
 // SAFETY: the tables belong to one space, which reaches them under its lock.
 unsafe impl Send for State {}
 
+/// Where a run may lie.
+#[derive(Clone, Copy)]
+struct Place {
+    /// The granule that it begins in …
+    first: usize,
+    /// … and the page of it.
+    start: usize,
+    /// Granules of it that have no backing yet.
+    new: usize,
+}
+
 impl State {
     pub(super) const NEW: Self = Self {
         base: 0,
@@ -167,8 +178,8 @@ impl State {
         }
     }
 
-    /// A run over several granules, of which all but the first have nothing
-    /// live: it begins where the free end of one does, or with an empty one.
+    /// A run that reaches over the ends of granules, or needs a new one: its
+    /// first and last may be partly in use, those between have nothing live.
     pub(super) fn alloc_across(
         &mut self,
         tier: Tier,
@@ -176,27 +187,20 @@ impl State {
         align: usize,
         dram_allowed: bool,
     ) -> Option<Run> {
-        let tail = if align <= 1 {
-            self.find_tail(tier, pages)
+        let place = if align <= 1 {
+            self.find_place(tier, pages)?
         } else {
-            None
+            let count = pages.div_ceil(PAGES_PER_GRANULE);
+            let granules = align.div_ceil(PAGES_PER_GRANULE).max(1);
+            self.find_empty(tier, count, granules)?
         };
-        let (first, start) = match tail {
-            Some(place) => place,
-            None => {
-                let count = pages.div_ceil(PAGES_PER_GRANULE);
-                let granules = align.div_ceil(PAGES_PER_GRANULE).max(1);
-                (self.find_empty(tier, count, granules)?, 0)
-            }
-        };
+        let (first, start, new) = (place.first, place.start, place.new);
         let end = first + (start + pages).div_ceil(PAGES_PER_GRANULE);
-        let new = (first..end)
-            .filter(|&i| i >= self.high || self.granule(i).backing == Backing::None)
-            .count();
-        if tier == Tier::Extent
-            && !dram_allowed
-            && new > self.pool.count() + self.interleave_share(new)
-        {
+        let lent = self.idle()
+            - (first..end.min(self.high))
+                .filter(|&i| self.granule(i).is_idle())
+                .count();
+        if tier == Tier::Extent && !dram_allowed && new > lent + self.interleave_share(new) {
             return None;
         }
         while self.high < end {
@@ -207,45 +211,103 @@ impl State {
         if !self.back_run(first..end, tier, dram_allowed) {
             return None;
         }
-        let (mut zeroed, mut left, mut from) = (true, pages, start);
-        for index in first..end {
+        Some(self.take_run(place, pages))
+    }
+
+    /// Books a run whose granules are all backed.
+    fn take_run(&mut self, place: Place, pages: usize) -> Run {
+        let (mut zeroed, mut left, mut from) = (true, pages, place.start);
+        let mut index = place.first;
+        while left > 0 {
             let pages = left.min(PAGES_PER_GRANULE - from);
             zeroed &= self.take_pages(index, from, pages);
             left -= pages;
             from = 0;
+            index += 1;
         }
-        Some(Run {
-            addr: self.addr(first) + start * PAGE,
+        Run {
+            addr: self.addr(place.first) + place.start * PAGE,
             zeroed,
-        })
+        }
     }
 
-    /// The lowest granule whose free end, and empty ones after it, hold a run
-    /// of more than a granule: that granule, and the page to begin with. It
-    /// saves half a granule for each block of a few MiB.
-    fn find_tail(&self, tier: Tier, pages: usize) -> Option<(usize, usize)> {
-        if pages < PAGES_PER_GRANULE {
-            return None;
-        }
-        (0..self.high).find_map(|index| {
-            let gap = self.gaps(tier)[index];
-            // What asks for extents does not begin on a stopgap in DRAM.
-            let right = gap > 0
-                && !self.is_closed(index)
-                && (tier == Tier::Dram
-                    || matches!(self.granule(index).backing, Backing::Extent(_)));
-            let free = if right {
-                self.granule(index).live.free_end()
-            } else {
-                0
+    /// Where a run may begin that reaches over the end of a granule: of all
+    /// places the lowest that needs the fewest new granules.
+    fn find_place(&self, tier: Tier, pages: usize) -> Option<Place> {
+        let mut best: Option<Place> = None;
+        for first in 0..(self.high + 1).min(self.granules) {
+            let free = self.free_end(tier, first);
+            if free == 0 {
+                continue;
+            }
+            let Some(new) = self.new_for(tier, first, free, pages) else {
+                continue;
             };
-            let after = pages.saturating_sub(free).div_ceil(PAGES_PER_GRANULE);
-            let rest = index + 1..index + 1 + after;
-            let fits = (1..PAGES_PER_GRANULE).contains(&free)
-                && rest.end <= self.granules
-                && rest.clone().all(|index| self.is_empty(tier, index));
-            fits.then_some((index, PAGES_PER_GRANULE - free))
-        })
+            if best.is_none_or(|best| new < best.new) {
+                let start = PAGES_PER_GRANULE - free;
+                best = Some(Place { first, start, new });
+            }
+            if new == 0 {
+                break;
+            }
+        }
+        best
+    }
+
+    /// A place for a run between granules that are backed already.
+    pub(super) fn alloc_between(&mut self, tier: Tier, pages: usize) -> Option<Run> {
+        let place = self
+            .find_place(tier, pages)
+            .filter(|place| place.new == 0)?;
+        Some(self.take_run(place, pages))
+    }
+
+    /// How many granules must be backed for a run that begins with the `free`
+    /// last pages of `first`. `None`: something is in its way.
+    fn new_for(&self, tier: Tier, first: usize, free: usize, pages: usize) -> Option<usize> {
+        let mut new = usize::from(self.is_bare(first));
+        let mut left = pages.saturating_sub(free);
+        let mut index = first + 1;
+        while left > 0 {
+            if index >= self.granules || self.free_start(tier, index) < left.min(PAGES_PER_GRANULE)
+            {
+                return None;
+            }
+            new += usize::from(self.is_bare(index));
+            left = left.saturating_sub(PAGES_PER_GRANULE);
+            index += 1;
+        }
+        Some(new)
+    }
+
+    fn is_bare(&self, index: usize) -> bool {
+        index >= self.high || self.granule(index).backing == Backing::None
+    }
+
+    /// How many pages at the end of a granule a run of this tier may take.
+    fn free_end(&self, tier: Tier, index: usize) -> usize {
+        match self.is_empty(tier, index) {
+            true => PAGES_PER_GRANULE,
+            false if self.is_shared(tier, index) => self.granule(index).live.free_end(),
+            false => 0,
+        }
+    }
+
+    /// How many pages at the start of a granule a run of this tier may take.
+    fn free_start(&self, tier: Tier, index: usize) -> usize {
+        match self.is_empty(tier, index) {
+            true => PAGES_PER_GRANULE,
+            false if self.is_shared(tier, index) => self.granule(index).live.free_start(),
+            false => 0,
+        }
+    }
+
+    /// Whether a granule that is partly in use takes a part of a longer run.
+    /// What asks for extents does not lie half on a stopgap in DRAM.
+    fn is_shared(&self, tier: Tier, index: usize) -> bool {
+        self.gaps(tier)[index] > 0
+            && !self.is_closed(index)
+            && (tier == Tier::Dram || matches!(self.granule(index).backing, Backing::Extent(_)))
     }
 
     /// Whether a granule may serve a tier and nothing of it is in use.
@@ -264,7 +326,7 @@ impl State {
 
     /// The lowest run of `count` granules with nothing live, of which the
     /// first has an index whose address is a multiple of `align` granules.
-    fn find_empty(&self, tier: Tier, count: usize, align: usize) -> Option<usize> {
+    fn find_empty(&self, tier: Tier, count: usize, align: usize) -> Option<Place> {
         let step = |index: usize| {
             let place = self.base / GRANULE + index;
             place.next_multiple_of(align) - self.base / GRANULE
@@ -275,7 +337,14 @@ impl State {
                 .rev()
                 .find(|&index| !self.is_empty(tier, index))
             {
-                None => return Some(first),
+                None => {
+                    let new = (first..first + count).filter(|&i| self.is_bare(i)).count();
+                    return Some(Place {
+                        first,
+                        start: 0,
+                        new,
+                    });
+                }
                 Some(taken) => first = step(taken + 1),
             }
         }
