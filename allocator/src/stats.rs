@@ -69,7 +69,15 @@ pub struct Stalls {
     pub p99: u64,
     /// The longest wait.
     pub max: u64,
+    /// All waits together.
+    pub total: u64,
+    /// How many waits were shorter than 2 µs, then shorter than 4 µs, and so
+    /// on by powers of two (counts); the last bucket has no end.
+    pub by_power: [u64; Self::POWERS],
 }
+
+/// The first bucket of [`Stalls::by_power`] ends before 2 to the power of this, in ns.
+const FIRST_POWER: u32 = 11;
 
 impl Stalls {
     /// None.
@@ -78,7 +86,12 @@ impl Stalls {
         p50: 0,
         p99: 0,
         max: 0,
+        total: 0,
+        by_power: [0; Self::POWERS],
     };
+
+    /// Buckets of [`Self::by_power`].
+    pub const POWERS: usize = 24;
 }
 
 impl From<&StallHistogram> for Stalls {
@@ -88,6 +101,8 @@ impl From<&StallHistogram> for Stalls {
             p50: histogram.percentile(0.5),
             p99: histogram.percentile(0.99),
             max: histogram.max(),
+            total: histogram.total(),
+            by_power: histogram.by_power(FIRST_POWER),
         }
     }
 }

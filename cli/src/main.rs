@@ -3,6 +3,8 @@
 mod conf;
 mod emulate;
 mod failure;
+mod live;
+mod log;
 mod orders;
 mod picture;
 mod run;
@@ -10,6 +12,7 @@ mod serve;
 mod signals;
 mod size;
 mod sockets;
+mod top;
 
 use std::process::ExitCode;
 
@@ -31,6 +34,8 @@ enum Command {
     Serve(serve::Options),
     /// Show a broker: its device, its extents, who holds what
     Status(orders::StatusOptions),
+    /// Watch a broker: extents as a map, processes, recalls, receipts, stalls; q ends it
+    Top(top::Options),
     /// Have capacity added to a broker's device
     Add(orders::AddOptions),
     /// Have capacity given back to the device; prints a receipt
@@ -42,6 +47,7 @@ fn main() -> ExitCode {
         Command::Run(options) => run::run(&options),
         Command::Serve(options) => serve::serve(&options).map(|()| 0),
         Command::Status(options) => orders::status(&options).map(|()| 0),
+        Command::Top(options) => top::top(&options).map(|()| 0),
         Command::Add(options) => orders::add(&options).map(|()| 0),
         Command::Release(options) => orders::release(&options).map(|()| 0),
     };

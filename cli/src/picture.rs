@@ -4,7 +4,11 @@
 use std::fmt::Write;
 
 use dax_backend::broker::admin::Added;
-use dax_backend::broker::receipt::{Origin, Receipt};
+use dax_backend::broker::client_page::{
+    DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
+    DEGRADED_NO_WINDOW,
+};
+use dax_backend::broker::receipt::Receipt;
 use dax_backend::broker::status::{ProcessReport, RunReport, Status};
 
 use crate::size::Bytes;
@@ -76,7 +80,7 @@ pub(crate) fn status(status: &Status) -> String {
             out,
             "recall    #{} by {}: asked {}, returned {}, refused {}, in {}",
             receipt.id,
-            origin(receipt.origin),
+            receipt.origin,
             Bytes(receipt.asked),
             Bytes(receipt.returned),
             Bytes(receipt.refused_bytes()),
@@ -234,6 +238,9 @@ fn processes(out: &mut String, processes: &[ProcessReport]) {
                 stats.unforked_granules
             );
         }
+        for says in degraded(stats.degraded_flags) {
+            line!(out, "          degraded: {says}");
+        }
     }
     if let Some(more) = processes
         .len()
@@ -244,25 +251,34 @@ fn processes(out: &mut String, processes: &[ProcessReport]) {
     }
 }
 
-fn origin(origin: Origin) -> &'static str {
-    match origin {
-        Origin::Operator => "the operator",
-        Origin::Device => "the device",
-        Origin::Forced => "force",
-    }
-}
-
 fn bar(part: u64, whole: u64) -> String {
     let filled = (u128::from(part) * u128::from(BAR)).div_ceil(u128::from(whole.max(1)));
     let filled = (filled as u64).min(BAR) as usize;
     "#".repeat(filled) + &".".repeat(BAR as usize - filled)
 }
 
-fn duration(us: u64) -> String {
+/// What the `DEGRADED_*` bits of a process say.
+pub(crate) fn degraded(flags: u64) -> Vec<&'static str> {
+    [
+        (DEGRADED_NO_WINDOW, "could not map the device's memory"),
+        (DEGRADED_DISCONNECTED, "lost its broker"),
+        (DEGRADED_NO_REBIND, "can't move live memory"),
+        (DEGRADED_EXHAUSTED, "extents ran out"),
+        (DEGRADED_CONFIG, "settings were ignored"),
+    ]
+    .into_iter()
+    .filter_map(|(flag, says)| (flags & flag != 0).then_some(says))
+    .collect()
+}
+
+/// Microseconds for people.
+pub(crate) fn duration(us: u64) -> String {
     match us {
         0..1_000 => format!("{us} us"),
         1_000..1_000_000 => format!("{:.1} ms", us as f64 / 1e3),
-        _ => format!("{:.1} s", us as f64 / 1e6),
+        1_000_000..120_000_000 => format!("{:.1} s", us as f64 / 1e6),
+        120_000_000..7_200_000_000 => format!("{} min", us / 60_000_000),
+        _ => format!("{} h {} min", us / 3_600_000_000, us / 60_000_000 % 60),
     }
 }
 
@@ -270,7 +286,7 @@ fn duration(us: u64) -> String {
 mod tests {
     use super::*;
     use dax_backend::broker::RefusalReason;
-    use dax_backend::broker::receipt::{DpaSpan, HexDpa, Refusal};
+    use dax_backend::broker::receipt::{DpaSpan, HexDpa, Origin, Refusal};
 
     #[test]
     fn a_receipt_names_what_was_refused_and_why() {

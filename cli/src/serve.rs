@@ -1,6 +1,7 @@
 //! `dcm serve`: a broker in the foreground, or behind one `dcm run`.
 
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::thread;
 
@@ -13,7 +14,7 @@ use uuid::Uuid;
 use crate::failure::Failure;
 use crate::signals::Signals;
 use crate::size::Bytes;
-use crate::{emulate, size, sockets};
+use crate::{emulate, live, log, size, sockets};
 
 /// What the broker behind a `dcm run` says when programs can connect.
 pub(crate) const READY: &str = "ready\n";
@@ -30,6 +31,12 @@ pub(crate) struct Options {
     /// Where to listen
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// Serve a read-only page about the broker at http://ADDRESS/, and /metrics for Prometheus;
+    /// a loopback address only
+    #[arg(long, value_name = "ADDRESS", value_parser = live::parse_address)]
+    listen: Option<SocketAddr>,
+    #[command(flatten)]
+    log: log::LogOptions,
     /// Serve the programs of this run, until stdin ends and none is left
     #[arg(long, hide = true, value_name = "UUID", requires = "socket")]
     run: Option<Uuid>,
@@ -66,9 +73,13 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
         admit,
         ..BrokerConfig::default()
     };
+    let _log = log::start(&options.log);
     raise_descriptor_limit();
     let mut broker = emulate::broker(size, &offer, config)?;
     let listener = Listener::bind(&path, sockets::is_system())?;
+    if let Some(address) = options.listen {
+        live::start(address, &path)?;
+    }
     let stop = Stop::new().context("no descriptor left")?;
     if options.run.is_some() {
         announce(READY)?;

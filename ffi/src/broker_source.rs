@@ -249,8 +249,12 @@ impl ExtentSource for BrokerSource {
             (&page.degraded_flags, flags),
             (&page.heap_live_peak_total, usage.live_peak + stats.outside),
             (&page.extent_share_at_peak, stats.extent_share_at_peak()),
+            (&page.stall_ns, stats.stalls.total),
         ] {
             counter.store(value, Ordering::Relaxed);
+        }
+        for (bucket, waits) in page.stalls.iter().zip(stats.stalls.by_power) {
+            bucket.store(waits, Ordering::Relaxed);
         }
     }
 }

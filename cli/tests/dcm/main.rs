@@ -6,6 +6,7 @@
 
 mod call;
 mod client;
+mod live;
 mod orders;
 mod run;
 mod usage;

@@ -136,7 +136,10 @@ impl Broker {
             self.device.snapshot = report.snapshot;
             match report.polled {
                 Ok(events) => self.take_device_events(events, now),
-                Err(error) => self.device_error = Some(error),
+                Err(error) => {
+                    tracing::error!(error, "the device fails");
+                    self.device_error = Some(error);
+                }
             }
             if let Some(result) = report.released {
                 self.handed_over(result, now);
@@ -151,6 +154,7 @@ impl Broker {
             match event {
                 DeviceEvent::Accepted { extents } => {
                     for extent in extents {
+                        tracing::info!(dpa = %extent.range, tag = %extent.tag, "extent accepted");
                         self.book(Outcome {
                             range: extent.range,
                             rejected: None,
@@ -159,18 +163,27 @@ impl Broker {
                 }
                 DeviceEvent::Rejected { extents } => {
                     for (extent, reason) in extents {
+                        tracing::warn!(dpa = %extent.range, %reason, "extent rejected");
                         self.book(Outcome {
                             range: extent.range,
                             rejected: Some(reason.to_string()),
                         });
                     }
                 }
-                DeviceEvent::ReleaseRequested { range, .. } => wanted.push(range),
-                DeviceEvent::ForcedRelease { range, .. } => taken.push(range),
-                DeviceEvent::RegionsUpdated { .. } => {
+                DeviceEvent::ReleaseRequested { range, .. } => {
+                    tracing::info!(dpa = %range, "the device asks for capacity back");
+                    wanted.push(range);
+                }
+                DeviceEvent::ForcedRelease { range, .. } => {
+                    tracing::error!(dpa = %range, "the device has taken capacity by force");
+                    taken.push(range);
+                }
+                DeviceEvent::RegionsUpdated { region } => {
+                    tracing::info!(region, "a DC region has changed");
                     self.table.block = self.device.snapshot.block_size;
                 }
                 DeviceEvent::Overflow { lost } => {
+                    tracing::error!(lost, "the device's event log ran over");
                     self.device_error = Some(format!(
                         "the device's event log ran over: {lost} records lost"
                     ));

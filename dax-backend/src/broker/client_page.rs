@@ -34,24 +34,39 @@ pub const DEGRADED_NO_WINDOW: u64 = 1 << 3;
 /// [`ClientPage::degraded_flags`]: the configuration had keys or values that were ignored.
 pub const DEGRADED_CONFIG: u64 = 1 << 4;
 
+/// Buckets of [`ClientPage::stalls`].
+pub const STALL_BUCKETS: usize = 24;
+/// The first bucket of [`ClientPage::stalls`] ends before 2 to the power of this, in ns.
+pub const STALL_FIRST_POWER: u32 = 11;
+
 macro_rules! client_page {
     ($($(#[doc = $doc:literal])+ $field:ident,)+) => {
         /// The page as the client maps it: counters, 8 bytes each, in this order.
         #[repr(C)]
         pub struct ClientPage {
             $($(#[doc = $doc])+ pub $field: AtomicU64,)+
+            /// How often a thread waited for a granule that moved, by the
+            /// time it waited: below 2 µs, below 4 µs, and so on by powers of
+            /// two ([`STALL_FIRST_POWER`]); the last bucket has no end.
+            pub stalls: [AtomicU64; STALL_BUCKETS],
         }
 
         /// What a [`ClientPage`] said at one moment.
         #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
         pub struct ClientStats {
             $($(#[doc = $doc])+ pub $field: u64,)+
+            /// Waits for granules that moved, by their length (see [`ClientPage::stalls`]).
+            #[serde(default)]
+            pub stalls: [u64; STALL_BUCKETS],
         }
 
         impl ClientPage {
             /// Copies the counters out, one by one (not as one atomic snapshot).
             pub fn snapshot(&self) -> ClientStats {
-                ClientStats { $($field: self.$field.load(Ordering::Relaxed),)+ }
+                ClientStats {
+                    $($field: self.$field.load(Ordering::Relaxed),)+
+                    stalls: self.stalls.each_ref().map(|bucket| bucket.load(Ordering::Relaxed)),
+                }
             }
         }
 
@@ -60,7 +75,8 @@ macro_rules! client_page {
             pub fn from_bytes(bytes: &[u8]) -> Self {
                 let (words, _) = bytes.as_chunks::<8>();
                 let mut words = words.iter().map(|word| u64::from_ne_bytes(*word));
-                Self { $($field: words.next().unwrap_or(0),)+ }
+                let mut next = || words.next().unwrap_or(0);
+                Self { $($field: next(),)+ stalls: std::array::from_fn(|_| next()) }
             }
         }
     };
@@ -128,6 +144,8 @@ client_page! {
     /// Live granules that could not be moved before a fork, and so are missing
     /// in the child.
     unforked_granules,
+    /// Nanoseconds that threads waited for granules that moved, all together.
+    stall_ns,
 }
 
 const _: () = assert!(size_of::<ClientPage>() <= PAGE_SIZE);
@@ -202,10 +220,12 @@ mod tests {
         let page = ClientPageMapping::map(&fd).unwrap();
         page.pid.store(41, Ordering::Relaxed);
         page.extent_share_at_peak.store(9_950, Ordering::Relaxed);
+        page.stalls[STALL_BUCKETS - 1].store(7, Ordering::Relaxed);
         let mut bytes = [0; PAGE_SIZE];
         rustix::io::pread(&fd, &mut bytes, 0).unwrap();
         let stats = ClientStats::from_bytes(&bytes);
         assert_eq!((stats.pid, stats.extent_share_at_peak), (41, 9_950));
+        assert_eq!(stats.stalls[STALL_BUCKETS - 2..], [0, 7]);
         assert_eq!(stats, page.snapshot());
     }
 

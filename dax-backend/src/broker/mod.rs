@@ -16,6 +16,7 @@
 //! - `lease` and `outgoing` are the table of who holds which granule, without
 //!   any I/O; `liveness` says when a lease ends, `scrub` wipes what it leaves,
 //!   `warmer` has huge pages ready.
+//! - [`status`] and [`map`] are what the broker tells about itself.
 
 mod adding;
 pub mod admin;
@@ -30,6 +31,7 @@ mod helper;
 mod lease;
 pub mod listener;
 mod liveness;
+pub mod map;
 mod mapping;
 mod outgoing;
 pub mod peer;

@@ -15,6 +15,7 @@ use super::lease::ClientId;
 use super::protocol::{GRANULE, Kind, MAX_RANGES, Message, Ranges, RefusalReason, WindowRange};
 use super::receipt::{Origin, Receipt};
 use super::server::Broker;
+use super::status::{RecallAsk, RecallStatus};
 use crate::address::DpaRange;
 
 /// Receipts kept for `dcm status`.
@@ -59,6 +60,33 @@ impl Recalls {
     /// When the recall under way must end.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.active.as_ref().map(|recall| recall.deadline)
+    }
+
+    /// The recall under way, for people.
+    pub(super) fn status(
+        &self,
+        pid_of: impl Fn(ClientId) -> Option<u32>,
+        now: Instant,
+    ) -> Option<RecallStatus> {
+        let recall = self.active.as_ref()?;
+        let asks = recall.waiting.values();
+        Some(RecallStatus {
+            id: recall.receipt.id,
+            origin: recall.receipt.origin,
+            asked: recall.receipt.asked,
+            returned: recall.receipt.returned,
+            left_ms: recall.deadline.saturating_duration_since(now).as_millis() as u64,
+            waiting: asks
+                .filter_map(|ask| {
+                    let pid = pid_of(ask.client)?;
+                    Some(RecallAsk {
+                        pid,
+                        bytes: ask.bytes,
+                    })
+                })
+                .collect(),
+            queued: self.queue.len() as u64,
+        })
     }
 }
 
@@ -180,8 +208,16 @@ impl Broker {
     fn start(&mut self, request: RecallRequest, now: Instant) {
         self.recalls.recalls += 1;
         self.counters.recalls += 1;
+        let receipt = self.new_receipt(request.origin, &request.target);
+        tracing::info!(
+            recall = receipt.id,
+            origin = %receipt.origin,
+            asked = receipt.asked,
+            deadline_ms = request.patience.as_millis() as u64,
+            "recall starts"
+        );
         let mut recall = ActiveRecall {
-            receipt: self.new_receipt(request.origin, &request.target),
+            receipt,
             target: request.target,
             declined: Vec::new(),
             device_error: None,
@@ -316,6 +352,12 @@ impl Broker {
             return;
         };
         to.recalls += 1;
+        tracing::info!(
+            recall = recall.receipt.id,
+            pid = to.peer.pid,
+            bytes,
+            "client asked"
+        );
         let connection = to.connection;
         self.recalls.messages += 1;
         let id = self.recalls.messages;
@@ -340,6 +382,14 @@ impl Broker {
         if recall.waiting.get(&message.id()).is_some_and(asked) {
             recall.waiting.remove(&message.id());
             let (purged, rebound, refused) = (message.arg(0), message.arg(1), message.arg(2));
+            tracing::info!(
+                recall = recall.receipt.id,
+                pid = self.clients.get(&client).map(|c| c.peer.pid),
+                purged,
+                rebound,
+                refused,
+                "client answered"
+            );
             if refused > 0 || purged.saturating_add(rebound) == 0 {
                 recall.spent.insert(client);
             }
@@ -404,6 +454,18 @@ impl Broker {
         to: Option<ConnectionId>,
         now: Instant,
     ) {
+        tracing::info!(
+            recall = receipt.id,
+            origin = %receipt.origin,
+            asked = receipt.asked,
+            returned = receipt.returned,
+            free = receipt.returned_free,
+            purged = receipt.returned_purged,
+            rebound = receipt.returned_rebound,
+            refused = receipt.refused_bytes(),
+            duration_us = receipt.duration_us,
+            "recall ends"
+        );
         if let Some(requester) = to {
             self.reply(requester, &AdminReply::Receipt(receipt.clone()), now);
         }

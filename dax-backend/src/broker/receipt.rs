@@ -64,6 +64,16 @@ pub enum Origin {
     Forced,
 }
 
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Operator => "the operator",
+            Self::Device => "the device",
+            Self::Forced => "force",
+        })
+    }
+}
+
 /// Capacity that did not go back, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {

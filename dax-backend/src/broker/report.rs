@@ -9,6 +9,8 @@ use uuid::Uuid;
 
 use super::admin::{AdminReply, AdminRequest, ReleaseTarget, from_memfd, to_memfd};
 use super::connection::ConnectionId;
+use super::lease::ClientId;
+use super::map;
 use super::protocol::{GRANULE, Kind, Message};
 use super::recall::{RecallRequest, Target};
 use super::receipt::{DpaSpan, Origin};
@@ -25,6 +27,8 @@ const RUNS_KEPT: usize = 64;
 /// What ended processes leave behind, by run.
 #[derive(Debug, Default)]
 pub(super) struct Runs {
+    /// Of all that ended, in a run or not.
+    total: RunTotal,
     ended: HashMap<Uuid, EndedProcesses>,
     order: VecDeque<Uuid>,
 }
@@ -38,6 +42,7 @@ struct EndedProcesses {
 
 impl Runs {
     pub(super) fn ended(&mut self, process: ProcessReport) {
+        self.total.add(&process);
         let Some(run) = process.run else {
             return;
         };
@@ -149,6 +154,11 @@ impl Broker {
 
     /// Everything about this broker.
     pub fn status(&self) -> Status {
+        let pid_of = |client: ClientId| self.clients.get(&client).map(|c| c.peer.pid);
+        let mut maps = map::maps(&self.table, pid_of).into_iter();
+        let clients: Vec<ProcessReport> = self.clients.values().map(|c| c.report(false)).collect();
+        let mut total = self.runs.total;
+        clients.iter().for_each(|process| total.add(process));
         Status {
             pid: std::process::id(),
             uid: rustix::process::geteuid().as_raw(),
@@ -171,9 +181,12 @@ impl Broker {
                     tag: (!slots.extent.tag.is_null())
                         .then(|| Uuid::from_bytes(slots.extent.tag.0)),
                     leased: slots.leased as u64 * GRANULE,
+                    map: maps.next().unwrap_or_default(),
                 })
                 .collect(),
-            clients: self.clients.values().map(|c| c.report(false)).collect(),
+            clients,
+            total,
+            recall: self.recalls.status(pid_of, Instant::now()),
             counters: self.counters,
             receipts: self.recalls.receipts.iter().cloned().collect(),
         }

@@ -160,6 +160,7 @@ impl Broker {
             (!admitted).then_some(RefusedCode::User)
         };
         if let Some(code) = refused {
+            tracing::warn!(pid = peer.pid, uid = peer.uid, reason = ?code, "connection refused");
             let _ = connection.send(refusal(code));
             self.counters.refused += 1;
             self.close(id, now);
@@ -169,6 +170,7 @@ impl Broker {
                 self.close(id, now);
             }
         } else if let Err(code) = self.welcome(id, run) {
+            tracing::warn!(pid = peer.pid, uid = peer.uid, reason = ?code, "connection refused");
             if let Some(connection) = self.connections.get_mut(&id) {
                 let _ = connection.send(refusal(code));
             }
@@ -206,6 +208,15 @@ impl Broker {
         let pidfd = peer_pidfd(connection.fd());
         self.next_client += 1;
         self.counters.clients += 1;
+        let command = command_of(peer.pid);
+        tracing::info!(
+            client = client.0,
+            pid = peer.pid,
+            uid = peer.uid,
+            command,
+            run = run.map(tracing::field::display),
+            "client connected"
+        );
         self.clients.insert(
             client,
             Client {
@@ -215,7 +226,7 @@ impl Broker {
                 leased: 0,
                 recalls: 0,
                 run,
-                command: command_of(peer.pid),
+                command,
                 liveness,
                 pidfd,
                 probe: None,
@@ -275,7 +286,14 @@ impl Broker {
         client.leased_peak = client.leased_peak.max(client.leased);
         self.counters.granted_bytes += bytes;
         let connection = client.connection;
+        tracing::debug!(client = id.0, pid = client.peer.pid, bytes, "leased");
         if exhausted {
+            tracing::info!(
+                client = id.0,
+                pid = client.peer.pid,
+                missing = wanted,
+                "extents ran out"
+            );
             self.ran_short();
         }
         let mut chunks: Vec<&[WindowRange]> = granted.chunks(MAX_RANGES).collect();
@@ -320,6 +338,7 @@ impl Broker {
         for range in message.ranges().as_slice() {
             match self.table.give_back(id, *range) {
                 Ok(leased) => {
+                    tracing::debug!(client = id.0, bytes = leased, "returned");
                     self.counters.returned_bytes += leased;
                     if let Some(client) = self.clients.get_mut(&id) {
                         client.leased -= leased;
@@ -347,6 +366,11 @@ impl Broker {
         if let Phase::Client(client_id) = connection.phase
             && let Some(client) = self.clients.get_mut(&client_id)
         {
+            tracing::debug!(
+                client = client_id.0,
+                pid = client.peer.pid,
+                "connection closed"
+            );
             client.connection = None;
             client.requests.clear();
             client.starving = false;
@@ -373,7 +397,15 @@ impl Broker {
             let Some(mut client) = self.clients.remove(&id) else {
                 continue;
             };
-            self.counters.returned_bytes += self.table.end(id);
+            let returned = self.table.end(id);
+            tracing::info!(
+                client = id.0,
+                pid = client.peer.pid,
+                command = client.command,
+                returned,
+                "client ended"
+            );
+            self.counters.returned_bytes += returned;
             self.counters.clients_ended += 1;
             client.leased = 0;
             if let Some(connection) = client.connection.take() {

@@ -4,8 +4,9 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::client_page::ClientStats;
-use super::receipt::{DpaSpan, Receipt};
+use super::client_page::{ClientStats, STALL_BUCKETS};
+use super::map::MapRun;
+use super::receipt::{DpaSpan, Origin, Receipt};
 use crate::capacity::DeviceCounters;
 
 /// Everything about a broker at one moment.
@@ -29,8 +30,13 @@ pub struct Status {
     pub extents: Vec<ExtentStatus>,
     /// Processes that hold leases or may ask for them.
     pub clients: Vec<ProcessReport>,
+    /// Sums over all processes that ever were clients.
+    pub total: RunTotal,
     /// Counts since the broker started.
     pub counters: BrokerCounters,
+    /// The recall under way.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub recall: Option<RecallStatus>,
     /// The last recalls, newest last.
     pub receipts: Vec<Receipt>,
 }
@@ -87,6 +93,36 @@ pub struct ExtentStatus {
     pub tag: Option<Uuid>,
     /// Bytes leased.
     pub leased: u64,
+    /// Who holds what, from the first whole granule of the extent on.
+    pub map: Vec<MapRun>,
+}
+
+/// A recall that has not ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecallStatus {
+    /// Number of the recall, from 1.
+    pub id: u64,
+    /// Who asked.
+    pub origin: Origin,
+    /// Bytes asked for.
+    pub asked: u64,
+    /// Bytes that the device has back already.
+    pub returned: u64,
+    /// Milliseconds until the deadline.
+    pub left_ms: u64,
+    /// Processes that have not answered.
+    pub waiting: Vec<RecallAsk>,
+    /// Further recalls that wait for this one to end.
+    pub queued: u64,
+}
+
+/// What a process was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecallAsk {
+    /// The process.
+    pub pid: u32,
+    /// Bytes.
+    pub bytes: u64,
 }
 
 /// One process, alive or ended.
@@ -179,6 +215,13 @@ pub struct RunTotal {
     pub exhausted_count: u64,
     /// All `DEGRADED_*` bits of all processes.
     pub degraded_flags: u64,
+    /// Nanoseconds that threads waited for granules that moved, all together.
+    #[serde(default)]
+    pub stall_ns: u64,
+    /// Waits for granules that moved, by their length (see
+    /// [`ClientPage::stalls`](super::client_page::ClientPage::stalls)).
+    #[serde(default)]
+    pub stalls: [u64; STALL_BUCKETS],
 }
 
 impl RunTotal {
@@ -209,6 +252,10 @@ impl RunTotal {
         add(&mut self.promoted_granules, stats.promoted_granules);
         add(&mut self.unforked_granules, stats.unforked_granules);
         add(&mut self.exhausted_count, stats.exhausted_count);
+        add(&mut self.stall_ns, stats.stall_ns);
+        for (sum, waits) in self.stalls.iter_mut().zip(stats.stalls) {
+            add(sum, waits);
+        }
         self.degraded_flags |= stats.degraded_flags;
     }
 

@@ -10,6 +10,7 @@ const BUCKETS: usize = 64 * 4;
 pub(super) struct Stalls {
     buckets: [AtomicU64; BUCKETS],
     max: AtomicU64,
+    total: AtomicU64,
 }
 
 impl Stalls {
@@ -17,18 +18,21 @@ impl Stalls {
         Self {
             buckets: [const { AtomicU64::new(0) }; BUCKETS],
             max: AtomicU64::new(0),
+            total: AtomicU64::new(0),
         }
     }
 
     pub(super) fn record(&self, ns: u64) {
         self.buckets[bucket(ns)].fetch_add(1, Relaxed);
         self.max.fetch_max(ns, Relaxed);
+        self.total.fetch_add(ns, Relaxed);
     }
 
     pub(super) fn snapshot(&self) -> StallHistogram {
         StallHistogram {
             buckets: core::array::from_fn(|i| self.buckets[i].load(Relaxed)),
             max: self.max.load(Relaxed),
+            total: self.total.load(Relaxed),
         }
     }
 }
@@ -40,6 +44,7 @@ impl Stalls {
 pub struct StallHistogram {
     buckets: [u64; BUCKETS],
     max: u64,
+    total: u64,
 }
 
 impl StallHistogram {
@@ -52,12 +57,33 @@ impl StallHistogram {
             Some(top) => upper_bound(top).min(self.max),
             None => 0,
         };
-        Self { buckets, max }
+        let total = self.total - earlier.total;
+        Self {
+            buckets,
+            max,
+            total,
+        }
     }
 
     /// How many waits there were.
     pub fn count(&self) -> u64 {
         self.buckets.iter().sum()
+    }
+
+    /// The waits shorter than 2 to the power of `first` nanoseconds, then those
+    /// shorter than twice as much, and so on; the last bucket has all others.
+    pub fn by_power<const N: usize>(&self, first: u32) -> [u64; N] {
+        let mut powers = [0; N];
+        for (i, n) in self.buckets.iter().enumerate() {
+            let power = (i as u32 / 4 + 1).saturating_sub(first) as usize;
+            powers[power.min(N - 1)] += n;
+        }
+        powers
+    }
+
+    /// All waits together in nanoseconds.
+    pub fn total(&self) -> u64 {
+        self.total
     }
 
     /// The longest wait in nanoseconds, 0 if there was none.
@@ -97,6 +123,17 @@ fn upper_bound(bucket: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn powers_of_two_hold_every_wait_once() {
+        let stalls = Stalls::new();
+        for ns in [0, 1, 2047, 2048, 4095, 4096, 1 << 40] {
+            stalls.record(ns);
+        }
+        let histogram = stalls.snapshot();
+        assert_eq!(histogram.by_power::<4>(11), [3, 2, 1, 1]);
+        assert_eq!(histogram.total(), 1 + 2047 + 2048 + 4095 + 4096 + (1 << 40));
+    }
 
     #[test]
     fn a_value_is_at_most_its_buckets_bound_and_within_a_quarter_of_it() {
