@@ -99,6 +99,7 @@ fn kind_at(status: &Status, dpa: u64) -> i64 {
         if left < run.len {
             return match (run.outgoing, run.state, run.pid) {
                 (true, ..) => OUTGOING,
+                (_, MapState::Lost | MapState::Broken, _) => OUTGOING,
                 (_, MapState::Leased, pid) => i64::from(pid.unwrap_or(0)),
                 (_, MapState::Dirty, _) => DIRTY,
                 (_, MapState::Clean | MapState::Warm, _) => FREE,

@@ -102,6 +102,7 @@ fn glyph(cell: &[MapRun], flow: &Flow) -> (char, Style) {
     match run.state {
         _ if going => ('◂', style.fg(Color::Indexed(203))),
         MapState::Leased => ('■', style),
+        MapState::Lost | MapState::Broken => ('x', style.fg(Color::Indexed(203))),
         MapState::Dirty => ('░', style),
         MapState::Clean | MapState::Warm => ('·', style),
     }
