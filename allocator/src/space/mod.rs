@@ -266,21 +266,13 @@ impl Space {
         run
     }
 
-    /// As [`Space::alloc`], but only in granules that are backed already.
+    /// As [`Space::alloc`], but only inside one granule that is backed already.
     pub fn alloc_in_use(&self, tier: Tier, len: usize, align: usize) -> Option<Run> {
         let pages = len.checked_next_multiple_of(PAGE)? / PAGE;
-        let mut state = self.state.lock();
-        if state.granules == 0 || pages == 0 || align > GRANULE {
+        if !(1..PAGES_PER_GRANULE).contains(&pages) || align > GRANULE {
             return None;
         }
-        let within = match pages < PAGES_PER_GRANULE {
-            true => state.alloc_within(tier, pages, align / PAGE),
-            false => None,
-        };
-        within.or_else(|| match align <= PAGE {
-            true => state.alloc_between(tier, pages),
-            false => None,
-        })
+        self.state.lock().alloc_within(tier, pages, align / PAGE)
     }
 
     /// Whether the reserved addresses could hold `granules` at all.

@@ -254,14 +254,6 @@ impl State {
         best
     }
 
-    /// A place for a run between granules that are backed already.
-    pub(super) fn alloc_between(&mut self, tier: Tier, pages: usize) -> Option<Run> {
-        let place = self
-            .find_place(tier, pages)
-            .filter(|place| place.new == 0)?;
-        Some(self.take_run(place, pages))
-    }
-
     /// How many granules must be backed for a run that begins with the `free`
     /// last pages of `first`. `None`: something is in its way.
     fn new_for(&self, tier: Tier, first: usize, free: usize, pages: usize) -> Option<usize> {
