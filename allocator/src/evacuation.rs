@@ -9,25 +9,42 @@ use std::time::Instant;
 
 use crate::heap::Heap;
 use crate::source::{ExtentSource, Recall, Refusal};
-use crate::space::rebind::{Monitor, Mover, RebindError, Taken};
+use crate::space::rebind::{Monitor, Mover, RUN, RebindError, StallHistogram, Taken};
 use crate::space::{GRANULE, Leaving, Move};
-use crate::stats::Stalls;
 
 /// The monitor thread's part, which outlives everything.
 static MONITOR: Monitor = Monitor::new();
 
-/// What was moved.
+/// What was moved, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Evacuated {
-    /// Bytes of granules that are elsewhere now.
-    pub(crate) bytes: u64,
+    /// Of granules that are on other extents now.
+    pub(crate) to_extents: u64,
+    /// Of granules that are in DRAM now.
+    pub(crate) to_dram: u64,
+    /// Of live pages in them.
+    pub(crate) copied: u64,
+    /// How long it took.
+    pub(crate) moving: Duration,
     /// Why others are not.
     pub(crate) stopped: Option<Refusal>,
 }
 
 impl Evacuated {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.to_extents + self.to_dram
+    }
+
     fn granules(&self) -> usize {
-        self.bytes as usize / GRANULE
+        self.bytes() as usize / GRANULE
+    }
+
+    fn add(&mut self, more: &Self) {
+        self.to_extents += more.to_extents;
+        self.to_dram += more.to_dram;
+        self.copied += more.copied;
+        self.moving += more.moving;
+        self.stopped = more.stopped.or(self.stopped);
     }
 }
 
@@ -47,17 +64,18 @@ impl Evacuator {
     }
 
     /// How long threads waited for granules.
-    pub(crate) fn stalls(&self) -> Stalls {
-        (&self.mover.stalls()).into()
+    pub(crate) fn stalls(&self) -> StallHistogram {
+        self.mover.stalls()
     }
 
-    /// Moves live granules off recalled extents and gives those back.
+    /// Moves live granules off recalled extents and gives those back, until
+    /// `until` if that is given.
     pub(crate) fn recall(
         &mut self,
         heap: &Heap,
         source: &dyn ExtentSource,
         recall: &Recall,
-        until: Instant,
+        until: Option<Instant>,
     ) -> Evacuated {
         heap.space().forgive();
         let leaving = Leaving {
@@ -67,12 +85,12 @@ impl Evacuator {
             dram: 0,
         };
         let mut done = Evacuated::default();
-        while done.bytes < recall.bytes {
-            if Instant::now() >= until {
+        while done.bytes() < recall.bytes {
+            if until.is_some_and(|until| Instant::now() >= until) {
                 done.stopped = Some(Refusal::Deadline);
                 break;
             }
-            let left = ((recall.bytes - done.bytes) as usize).div_ceil(GRANULE);
+            let left = ((recall.bytes - done.bytes()) as usize).div_ceil(GRANULE);
             let dram = heap.dram_allowance();
             let Some(picked) = heap.space().pick_leaving(Leaving {
                 granules: left,
@@ -86,8 +104,7 @@ impl Evacuator {
             };
             let moved = self.carry_out(heap, source, picked);
             heap.note_evacuated(moved.granules());
-            done.bytes += moved.bytes;
-            done.stopped = moved.stopped.or(done.stopped);
+            done.add(&moved);
         }
         done
     }
@@ -127,49 +144,57 @@ impl Evacuator {
 
     /// Moves, books, gives back.
     fn carry_out(&mut self, heap: &Heap, source: &dyn ExtentSource, picked: Move) -> Evacuated {
+        let start = Instant::now();
         let all = picked.granules();
-        let (mut stayed, mut stopped) = self.rebind(&picked, 0..all);
-        if stayed == (1 << all) - 1 && all > 1 {
+        let mut stayed = [None; RUN];
+        self.rebind(&picked, 0..all, &mut stayed);
+        if all > 1 && stayed[..all].iter().all(Option::is_some) {
             // One that can't be moved holds up its neighbours.
-            (stayed, stopped) = (0, None);
+            stayed = [None; RUN];
             for i in 0..all {
-                let (this, refusal) = self.rebind(&picked, i..i + 1);
-                stayed |= this << i;
-                stopped = refusal.or(stopped);
+                self.rebind(&picked, i..i + 1, &mut stayed);
             }
         }
-        let ended = heap.space().end_move(picked, stayed);
+        let stopped = stayed.iter().copied().flatten().last();
+        let ended = heap.space().end_move(picked, &stayed);
         if !ended.freed.is_empty() {
             source.give_back(&ended.freed);
         }
         Evacuated {
-            bytes: (ended.moved * GRANULE) as u64,
+            to_extents: (ended.to_extents * GRANULE) as u64,
+            to_dram: (ended.to_dram * GRANULE) as u64,
+            copied: ended.copied,
+            moving: start.elapsed(),
             stopped,
         }
     }
 
-    /// One rebind, of some granules of a move: a bit for each that stayed
-    /// where it was, and why.
-    fn rebind(&mut self, picked: &Move, some: Range<usize>) -> (u32, Option<Refusal>) {
+    /// One rebind, of some granules of a move; says in `stayed` of each that
+    /// is where it was why.
+    fn rebind(&mut self, picked: &Move, some: Range<usize>, stayed: &mut [Option<Refusal>; RUN]) {
         let all = (1u32 << some.len()) - 1;
+        let first = some.start;
         let result = picked.with_steps(|steps| {
-            let at = picked.addr() + some.start * GRANULE;
+            let at = picked.addr() + first * GRANULE;
             // SAFETY: the granules are the space's own, in flight by its
             // books, backed as they say; extents lie in the window, which
             // stays, and are lent to this process alone; `live` was taken
             // when nothing more could be handed out.
             unsafe { self.mover.rebind(at, &steps[some]) }
         });
-        match result {
-            Ok(_) => (0, None),
-            Err(RebindError::Partly { stayed, .. }) => (stayed, Some(Refusal::NoDram)),
-            Err(RebindError::NoMemory(_)) => (all, Some(Refusal::NoDram)),
-            Err(RebindError::Changed { .. }) => (all, Some(Refusal::MappingChanged)),
+        let (which, why) = match result {
+            Ok(_) => return,
+            Err(RebindError::Partly { stayed, .. }) => (stayed, Refusal::NoDram),
+            Err(RebindError::NoMemory(_)) => (all, Refusal::NoDram),
+            Err(RebindError::Changed { .. }) => (all, Refusal::MappingChanged),
             Err(RebindError::Stuck { taken, moved, .. }) => {
                 self.insist(taken);
-                (all & !moved, Some(Refusal::NoDram))
+                (all & !moved, Refusal::NoDram)
             }
-            Err(_) => (all, Some(Refusal::CannotMove)),
+            Err(_) => (all, Refusal::CannotMove),
+        };
+        for i in (0..RUN - first).filter(|i| which & (1 << i) != 0) {
+            stayed[first + i] = Some(why);
         }
     }
 

@@ -20,6 +20,7 @@ pub mod fork;
 mod global;
 mod headroom;
 pub mod heap;
+mod outcome;
 pub mod placement;
 mod service;
 pub mod source;

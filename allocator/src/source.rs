@@ -7,7 +7,9 @@
 //! have one over a memfd.
 #![forbid(unsafe_code)]
 
+pub use crate::outcome::{RecallOutcome, Refusal, Refusals, Refused};
 use crate::stats::Stats;
+use core::fmt;
 use core::time::Duration;
 use std::os::fd::BorrowedFd;
 
@@ -25,10 +27,16 @@ pub struct WindowRange {
 pub const RANGES_PER_EVENT: usize = 28;
 
 /// Ranges inline, so that no event needs the heap.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Ranges {
     items: [WindowRange; RANGES_PER_EVENT],
     len: usize,
+}
+
+impl fmt::Debug for Ranges {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.as_slice()).finish()
+    }
 }
 
 impl Ranges {
@@ -86,36 +94,8 @@ pub struct Recall {
     pub deadline: Duration,
     /// If not empty, just these ranges are wanted.
     pub ranges: Ranges,
-}
-
-/// What came of a recall, in bytes by the step that returned them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RecallOutcome {
-    /// Were idle: leased but unused, or emptied by a purge of the engine.
-    pub idle: u64,
-    /// Were in use, and their content was moved.
-    pub rebound: u64,
-    /// Could not be given back.
-    pub refused: u64,
-    /// Why not.
-    pub reason: Option<Refusal>,
-}
-
-/// Why bytes of a recall were not returned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Refusal {
-    /// Live data, and this process can not move it (no userfaultfd, a fork
-    /// under way).
-    CannotMove,
-    /// The deadline passed first.
-    Deadline,
-    /// Pinned for DMA.
-    Pinned,
-    /// There is no DRAM left to move to (`dram_limit`, the cgroup, or the machine).
-    NoDram,
-    /// The program changed the mapping (mprotect, mlock, pkey).
-    MappingChanged,
+    /// At the deadline the work goes on, instead of ending.
+    pub past_deadline: bool,
 }
 
 /// What a source tells the allocator.
@@ -180,7 +160,7 @@ pub trait ExtentSource: Sync {
     /// Returns granules; their content is of no further use to anyone.
     fn give_back(&self, ranges: &Ranges) -> bool;
 
-    /// Ends a recall.
+    /// Says what came of a recall; ends it, unless `outcome.more`.
     fn answer(&self, id: u64, outcome: &RecallOutcome) -> bool;
 
     /// Waits for the next event.

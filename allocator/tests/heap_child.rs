@@ -82,7 +82,7 @@ fn child(inherited: *mut u64, number: u64, generation: u32) {
     let source: &MemfdSource = unsafe { &*SOURCE.load(Relaxed) };
     let all = (GRANULES * GRANULE) as u64;
     let outcome = source.recall(u64::from(generation), all);
-    assert_eq!(outcome.refused, 0, "{outcome:?}");
+    assert_eq!(outcome.refused.bytes(), 0, "{outcome:?}");
     assert!(HEAP.stats().evacuated > 0);
     assert!(says(own, number + 1) && says(inherited, number));
     fill(inherited, number + 2);

@@ -122,7 +122,7 @@ fn life_of_a_heap() {
     assert!(usage.extent_live <= before);
     assert_eq!(
         usage.extent_held - usage.idle,
-        outcome.refused,
+        outcome.refused.bytes(),
         "{outcome:?}"
     );
     check_and_free(keep, 1024);

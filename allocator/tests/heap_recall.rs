@@ -6,7 +6,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use allocator::source::{Ranges, RecallOutcome, Refusal, WindowRange};
+use allocator::source::{Ranges, Refusal, WindowRange};
 use allocator::space::{Backing, GRANULE};
 use allocator::{Config, Heap, OnExhausted, Placement};
 use common::{MemfdSource, moves};
@@ -86,37 +86,57 @@ fn what_is_refused_is_said() {
     // No time: what is idle comes back, and nothing is moved.
     let all = granules(GRANULES);
     let outcome = source.ask_back(1, all, Ranges::EMPTY, Duration::ZERO);
-    assert_eq!(outcome.reason, Some(Refusal::Deadline), "{outcome:?}");
-    assert_eq!((outcome.rebound, outcome.refused), (0, granules(BLOCKS)));
+    let late = outcome.refused.of(Refusal::Deadline);
+    assert_eq!(
+        (outcome.moved(), late),
+        (0, granules(BLOCKS)),
+        "{outcome:?}"
+    );
+    assert_eq!(outcome.refused.bytes(), late);
     assert_eq!(HEAP.stats().evacuated, 0);
 
     // One granule can't be moved, and its neighbours can.
     let some = &blocks[10..14];
     // SAFETY: a page of a live block, made accessible again below.
-    let protect = |access| unsafe {
-        mprotect(some[2].add(8 * PAGE).cast(), PAGE, access).unwrap();
+    let protect = |block: *mut u8, access| unsafe {
+        mprotect(block.add(8 * PAGE).cast(), PAGE, access).unwrap();
     };
-    protect(MprotectFlags::READ);
+    let accessible = MprotectFlags::READ | MprotectFlags::WRITE;
+    protect(some[2], MprotectFlags::READ);
     let outcome = source.recall_ranges(2, &extents_of(some));
-    let wanted = RecallOutcome {
-        idle: 0,
-        rebound: granules(3),
-        refused: granules(1),
-        reason: Some(Refusal::MappingChanged),
-    };
-    assert_eq!(outcome, wanted);
-    protect(MprotectFlags::READ | MprotectFlags::WRITE);
+    assert_eq!(outcome.moved(), granules(3), "{outcome:?}");
+    assert_eq!(outcome.copied, granules(3), "{outcome:?}");
+    assert_eq!(outcome.returned(), granules(3), "{outcome:?}");
+    let refused: Vec<_> = outcome.refused.iter().collect();
+    assert_eq!(refused.len(), 1, "{outcome:?}");
+    assert_eq!(refused[0].reason, Refusal::MappingChanged);
+    assert_eq!(
+        refused[0].ranges.as_slice(),
+        extents_of(&some[2..3]).as_slice()
+    );
+    protect(some[2], accessible);
     // Another recall tries again.
     let outcome = source.recall_ranges(3, &extents_of(&some[2..3]));
-    assert_eq!((outcome.rebound, outcome.reason), (granules(1), None));
+    assert_eq!((outcome.moved(), outcome.refused.bytes()), (granules(1), 0));
     source.restore();
     settle();
 
-    // DRAM for some: the rest stays where it is.
+    // DRAM for some, and one that can't be moved: the rest stays where it is,
+    // and each for its own reason.
+    protect(blocks[0], MprotectFlags::READ);
+    let lent = HEAP.stats().usage.extent_held;
     let outcome = source.recall(4, all);
-    assert_eq!(outcome.reason, Some(Refusal::NoDram), "{outcome:?}");
-    assert_eq!(outcome.rebound, granules(LIMIT), "{outcome:?}");
-    assert_eq!(outcome.refused, granules(BLOCKS - LIMIT), "{outcome:?}");
+    protect(blocks[0], accessible);
+    let refused = |reason| outcome.refused.of(reason);
+    assert_eq!(outcome.to_dram, granules(LIMIT), "{outcome:?}");
+    assert_eq!(refused(Refusal::MappingChanged), granules(1), "{outcome:?}");
+    assert_eq!(
+        refused(Refusal::NoDram),
+        granules(BLOCKS - LIMIT - 1),
+        "{outcome:?}"
+    );
+    assert_eq!(outcome.returned() + outcome.refused.bytes(), lent);
+    assert!(outcome.moving > Duration::ZERO, "{outcome:?}");
     assert!(HEAP.stats().usage.dram_held <= granules(LIMIT));
 
     let stats = HEAP.stats();

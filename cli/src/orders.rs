@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use dax_backend::broker::admin::{AdminClient, AdminReply, AdminRequest, ReleaseTarget};
+use indicatif::{ProgressBar, ProgressStyle};
 use uuid::Uuid;
 
 use crate::failure::Failure;
@@ -55,12 +56,24 @@ pub(crate) struct ReleaseOptions {
     /// Have the fabric manager take the range at once: programs lose what is in it
     #[arg(long)]
     force: bool,
+    /// What programs do that are not ready by then; there is a receipt in any case
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = OnDeadline::Stop)]
+    on_deadline: OnDeadline,
     /// The receipt, as JSON
     #[arg(long)]
     json: bool,
     /// The broker's socket
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+}
+
+/// What becomes of a release at its deadline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnDeadline {
+    /// It ends.
+    Stop,
+    /// It goes on; `dcm status` shows what came of it.
+    Continue,
 }
 
 /// Prints what the broker knows.
@@ -101,10 +114,29 @@ pub(crate) fn release(options: &ReleaseOptions) -> Result<(), Failure> {
         target: options.target,
         deadline_ms: options.deadline,
         force: options.force,
+        past_deadline: options.on_deadline == OnDeadline::Continue,
+        progress: true,
     };
     let patience = PATIENCE.saturating_add(Duration::from_millis(options.deadline));
-    match ask(options.socket.as_deref(), &request, patience)? {
-        AdminReply::Receipt(receipt) if options.json => print_json(&receipt),
+    let broker = AdminClient::connect(&sockets::find(options.socket.as_deref())?)?;
+    // On stderr, and only if that is a terminal.
+    let bar = ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("{wide_bar} {bytes} of {total_bytes} {elapsed}")
+            .context("the progress bar's template")?,
+    );
+    let reply = broker.ask_watching(&request, patience, |asked, back| {
+        bar.set_length(asked);
+        bar.set_position(back);
+    });
+    bar.finish_and_clear();
+    match reply? {
+        AdminReply::Receipt(receipt) if options.json => {
+            let mut json = serde_json::to_value(&receipt)?;
+            if let Some(rate) = receipt.bandwidth() {
+                json["bandwidth"] = rate.into();
+            }
+            print_json(&json)
+        }
         AdminReply::Receipt(receipt) => print(&picture::receipt(&receipt)),
         _ => Err(strange()),
     }

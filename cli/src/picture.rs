@@ -78,13 +78,15 @@ pub(crate) fn status(status: &Status) -> String {
     for receipt in status.receipts.iter().rev().take(5) {
         line!(
             out,
-            "recall    #{} by {}: asked {}, returned {}, refused {}, in {}",
+            "recall    #{} by {}: asked {}, returned {}{}, refused {}, in {}{}",
             receipt.id,
             receipt.origin,
             Bytes(receipt.asked),
             Bytes(receipt.returned),
+            steps(receipt),
             Bytes(receipt.refused_bytes()),
-            duration(receipt.duration_us)
+            duration(receipt.duration_us),
+            stalls(receipt)
         );
     }
     out
@@ -162,14 +164,22 @@ pub(crate) fn receipt(receipt: &Receipt) -> String {
     );
     line!(
         out,
-        "returned  {}: {} free, {} idle or purged, {} moved",
+        "returned  {}{}",
         Bytes(receipt.returned),
-        Bytes(receipt.returned_free),
-        Bytes(receipt.returned_purged),
-        Bytes(receipt.returned_rebound)
+        steps(receipt)
     );
     for span in &receipt.ranges {
         line!(out, "          {}+{:#x}", span.dpa, span.len);
+    }
+    if let Some(rate) = receipt.bandwidth() {
+        line!(
+            out,
+            "copied    {} in {}, {}/s{}",
+            Bytes(receipt.copied),
+            duration(receipt.moving_us),
+            Bytes(rate),
+            stalls(receipt)
+        );
     }
     line!(out, "refused   {}", Bytes(receipt.refused_bytes()));
     for refusal in &receipt.refused {
@@ -186,7 +196,36 @@ pub(crate) fn receipt(receipt: &Receipt) -> String {
             detail.unwrap_or_default()
         );
     }
+    if receipt.more {
+        line!(out, "the work goes on: dcm status shows what comes of it");
+    }
     out
+}
+
+/// What each step of the chain returned, if any did.
+fn steps(receipt: &Receipt) -> String {
+    let steps = receipt.steps().into_iter().filter(|(_, bytes)| *bytes > 0);
+    let steps: Vec<String> = steps
+        .map(|(step, bytes)| format!("{} {step}", Bytes(bytes)))
+        .collect();
+    match steps.is_empty() {
+        true => String::new(),
+        false => format!(" ({})", steps.join(", ")),
+    }
+}
+
+/// How long threads waited, if any did.
+fn stalls(receipt: &Receipt) -> String {
+    let stalls = &receipt.stalls;
+    match stalls.count {
+        0 => String::new(),
+        count => format!(
+            "; {count} waits: p50 {}, p99 {}, at most {}",
+            duration(stalls.p50 / 1000),
+            duration(stalls.p99 / 1000),
+            duration(stalls.max / 1000)
+        ),
+    }
 }
 
 /// What came of an offer.
@@ -285,8 +324,8 @@ pub(crate) fn duration(us: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dax_backend::broker::RefusalReason;
     use dax_backend::broker::receipt::{DpaSpan, HexDpa, Origin, Refusal};
+    use dax_backend::broker::{RefusalReason, StallTimes};
 
     #[test]
     fn a_receipt_names_what_was_refused_and_why() {
@@ -294,10 +333,14 @@ mod tests {
             id: 3,
             origin: Origin::Operator,
             asked: 6 << 20,
-            returned: 2 << 20,
+            returned: 14 << 20,
             returned_free: 2 << 20,
-            returned_purged: 0,
-            returned_rebound: 0,
+            returned_idle: 0,
+            returned_purged: 4 << 20,
+            returned_dropped: 0,
+            returned_to_extents: 0,
+            returned_to_dram: 8 << 20,
+            returned_spilled: 0,
             ranges: vec![DpaSpan {
                 dpa: HexDpa(0x2000_0000),
                 len: 2 << 20,
@@ -309,10 +352,21 @@ mod tests {
                 pid: Some(42),
                 detail: None,
             }],
+            copied: 6 << 20,
+            moving_us: 1000,
+            stalls: StallTimes {
+                count: 3,
+                p50: 10_000,
+                p99: 20_000,
+                max: 30_000,
+            },
             duration_us: 1500,
+            more: false,
         });
         for part in [
             "asked     6M",
+            "returned  14M (2M free, 4M purged, 8M moved to DRAM)",
+            "3 waits: p50 10 us, p99 20 us, at most 30 us",
             "1.5 ms",
             "0x20000000+0x200000",
             "0x20200000+4M: the client did not answer by the deadline (pid 42)",

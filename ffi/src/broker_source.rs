@@ -11,15 +11,19 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use allocator::source::{Event, ExtentSource, Ranges, Recall, RecallOutcome, Refusal, WindowRange};
+use allocator::source::{
+    Event, ExtentSource, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome, Refusal, WindowRange,
+};
 use allocator::space::keep_private;
 use allocator::stats::Stats;
-use dax_backend::broker::client::{ConnectError, RecallOutcome as WireOutcome, Welcome};
+use dax_backend::broker::client::{ConnectError, Welcome};
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
 };
 use dax_backend::broker::protocol::{RefusalReason, WindowRange as WireRange};
-use dax_backend::broker::{BrokerClient, ClientPageMapping, FromBroker};
+use dax_backend::broker::{
+    BrokerClient, ClientPageMapping, FromBroker, RecallOutcome as WireOutcome, StallTimes,
+};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
@@ -151,25 +155,40 @@ impl ExtentSource for BrokerSource {
     }
 
     fn give_back(&self, ranges: &Ranges) -> bool {
-        let mut wire = [WireRange { offset: 0, len: 0 }; allocator::source::RANGES_PER_EVENT];
+        let wire = to_wire(ranges);
         let ranges = ranges.as_slice();
-        for (wire, range) in wire.iter_mut().zip(ranges) {
-            *wire = WireRange {
-                offset: range.offset,
-                len: range.len,
-            };
-        }
         self.client.return_ranges(&wire[..ranges.len()]).is_ok()
     }
 
     fn answer(&self, id: u64, outcome: &RecallOutcome) -> bool {
+        for refused in outcome.refused.iter() {
+            let wire = to_wire(&refused.ranges);
+            let ranges = &wire[..refused.ranges.as_slice().len()];
+            let reason = reason(refused.reason);
+            let said = self.client.refuse_recall(id, reason, refused.bytes, ranges);
+            if said.is_err() {
+                return false;
+            }
+        }
+        let stalls = &outcome.stalls;
         let outcome = WireOutcome {
-            purged: outcome.idle,
-            rebound: outcome.rebound,
-            refused: outcome.refused,
-            reason: reason(outcome.reason),
+            idle: outcome.idle,
+            purged: outcome.purged,
+            dropped: outcome.dropped,
+            to_extents: outcome.to_extents,
+            to_dram: outcome.to_dram,
+            spilled: outcome.spilled,
+            copied: outcome.copied,
+            moving_us: outcome.moving.as_micros() as u64,
+            stalls: StallTimes {
+                count: stalls.count,
+                p50: stalls.p50,
+                p99: stalls.p99,
+                max: stalls.max,
+            },
+            more: outcome.more,
         };
-        self.client.answer_recall(id, outcome, &[]).is_ok()
+        self.client.answer_recall(id, &outcome).is_ok()
     }
 
     fn next_event(&self, timeout: Duration) -> Event {
@@ -193,12 +212,14 @@ impl ExtentSource for BrokerSource {
                 bytes,
                 deadline,
                 ranges,
+                past_deadline,
                 ..
             })) => Event::Recall(Recall {
                 id,
                 bytes,
                 deadline,
                 ranges: from_wire(ranges.as_slice()),
+                past_deadline,
             }),
             Err(_) => {
                 self.lost.store(1, Ordering::Relaxed);
@@ -259,15 +280,29 @@ impl ExtentSource for BrokerSource {
     }
 }
 
-fn reason(refusal: Option<Refusal>) -> RefusalReason {
+fn reason(refusal: Refusal) -> RefusalReason {
     match refusal {
-        Some(Refusal::CannotMove) => RefusalReason::CannotMove,
-        Some(Refusal::Deadline) => RefusalReason::Deadline,
-        Some(Refusal::Pinned) => RefusalReason::Pinned,
-        Some(Refusal::NoDram) => RefusalReason::DramLimit,
-        Some(Refusal::MappingChanged) => RefusalReason::Remapped,
+        Refusal::CannotMove => RefusalReason::CannotMove,
+        Refusal::Deadline => RefusalReason::Deadline,
+        Refusal::Pinned => RefusalReason::Pinned,
+        Refusal::NoDram => RefusalReason::DramLimit,
+        Refusal::MappingChanged => RefusalReason::Remapped,
+        Refusal::SpillFull => RefusalReason::SpillFull,
+        Refusal::SpillFailed => RefusalReason::SpillFailed,
+        Refusal::Mappings => RefusalReason::Mappings,
         _ => RefusalReason::Live,
     }
+}
+
+fn to_wire(ranges: &Ranges) -> [WireRange; RANGES_PER_EVENT] {
+    let mut wire = [WireRange { offset: 0, len: 0 }; RANGES_PER_EVENT];
+    for (wire, range) in wire.iter_mut().zip(ranges.as_slice()) {
+        *wire = WireRange {
+            offset: range.offset,
+            len: range.len,
+        };
+    }
+    wire
 }
 
 fn from_wire(wire: &[WireRange]) -> Ranges {

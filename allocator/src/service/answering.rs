@@ -6,39 +6,13 @@ use std::time::Instant;
 
 use super::Service;
 use crate::engine;
-use crate::evacuation::{Evacuated, Evacuator};
+use crate::evacuation::Evacuator;
 use crate::heap::Heap;
 use crate::source::{ExtentSource, Recall, RecallOutcome, Refusal};
-use crate::space::GRANULE;
 
 impl Service {
-    /// Gives back up to `granules` unused ones of a recall's ranges.
-    pub(super) fn give_back(
-        &self,
-        heap: &Heap,
-        source: &dyn ExtentSource,
-        recall: &Recall,
-        min_age: u32,
-    ) -> u64 {
-        let mut left = recall.bytes as usize / GRANULE;
-        let mut bytes = 0;
-        while left > 0 {
-            let ranges = heap
-                .space()
-                .take_idle(left, recall.ranges.as_slice(), min_age);
-            if ranges.is_empty() {
-                break;
-            }
-            source.give_back(&ranges);
-            left -= (ranges.bytes() as usize / GRANULE).min(left);
-            bytes += ranges.bytes();
-        }
-        self.returned.fetch_add(bytes, Ordering::Relaxed);
-        bytes
-    }
-
-    /// The chain: what is unused, what a purge of the engine empties, what can
-    /// be moved; the rest is refused.
+    /// Does what a recall asks as far as it can, and says what came of it; at
+    /// the deadline if the work is to go on after it, and at the end.
     pub(super) fn answer(
         &self,
         heap: &Heap,
@@ -47,54 +21,76 @@ impl Service {
         evacuator: &mut Option<Evacuator>,
     ) {
         let until = Instant::now() + recall.deadline;
-        let mut idle = self.give_back(heap, source, recall, 0);
-        if idle < recall.bytes {
-            heap.extent_arenas().for_each(engine::purge);
+        let mut done = self.chain(heap, source, recall, Some(until), evacuator);
+        let mut asked = recall.bytes;
+        if recall.past_deadline && done.refused.of(Refusal::Deadline) > 0 {
+            done.more = true;
+            source.answer(recall.id, &done);
+            self.count_recall([0, 0, done.returned(), 0]);
             let rest = Recall {
-                bytes: recall.bytes - idle,
+                bytes: recall.bytes - done.returned(),
                 ..*recall
             };
-            idle += self.give_back(heap, source, &rest, 0);
+            asked = rest.bytes;
+            done = self.chain(heap, source, &rest, None, evacuator);
         }
-        let mut moved = Evacuated {
-            bytes: 0,
-            stopped: Some(Refusal::CannotMove),
-        };
-        if idle < recall.bytes
-            && let Some(evacuator) = evacuator
-        {
-            let rest = Recall {
-                bytes: recall.bytes - idle,
-                ..*recall
-            };
-            moved = evacuator.recall(heap, source, &rest, until);
-            *self.stalls.lock() = evacuator.stalls();
-            // What became unused while others moved.
-            let rest = Recall {
-                bytes: rest.bytes.saturating_sub(moved.bytes),
-                ..rest
-            };
-            idle += self.give_back(heap, source, &rest, 0);
-        }
-        let held = heap.space().live_bytes_in(recall.ranges.as_slice());
-        let refused = held.min(recall.bytes.saturating_sub(idle + moved.bytes));
-        let reason = if refused > 0 {
-            moved.stopped.or(Some(Refusal::CannotMove))
-        } else {
-            None
-        };
-        let counted = [1, recall.bytes, idle + moved.bytes, refused];
+        debug_assert!(done.refused.bytes() <= asked);
+        self.count_recall([1, recall.bytes, done.returned(), done.refused.bytes()]);
+        source.answer(recall.id, &done);
+    }
+
+    fn count_recall(&self, counted: [u64; 4]) {
         for (counter, value) in self.recalled.iter().zip(counted) {
             counter.fetch_add(value, Ordering::Relaxed);
         }
-        source.answer(
-            recall.id,
-            &RecallOutcome {
-                idle,
-                rebound: moved.bytes,
-                refused,
-                reason,
-            },
-        );
+    }
+
+    /// The chain: what is unused, what a purge of the engine empties, what the
+    /// program drops, what can be moved; the rest is refused.
+    fn chain(
+        &self,
+        heap: &Heap,
+        source: &dyn ExtentSource,
+        recall: &Recall,
+        until: Option<Instant>,
+        evacuator: &mut Option<Evacuator>,
+    ) -> RecallOutcome {
+        let mut out = RecallOutcome::default();
+        let rest = |out: &RecallOutcome| Recall {
+            bytes: recall.bytes.saturating_sub(out.returned()),
+            ..*recall
+        };
+        let give_back = |out: &RecallOutcome| self.give_back(heap, source, &rest(out), 0);
+        let purge = || heap.extent_arenas().for_each(engine::purge);
+        out.idle = give_back(&out);
+        if rest(&out).bytes > 0 {
+            purge();
+            out.purged = give_back(&out);
+        }
+        if rest(&out).bytes > 0 && heap.press(rest(&out).bytes) > 0 {
+            purge();
+            out.dropped = give_back(&out);
+        }
+        let mut stopped = Some(Refusal::CannotMove);
+        if rest(&out).bytes > 0
+            && let Some(evacuator) = evacuator
+        {
+            let before = evacuator.stalls();
+            let moved = evacuator.recall(heap, source, &rest(&out), until);
+            stopped = moved.stopped;
+            out.to_extents = moved.to_extents;
+            out.to_dram = moved.to_dram;
+            out.copied = moved.copied;
+            out.moving = moved.moving;
+            let after = evacuator.stalls();
+            out.stalls = (&after.since(&before)).into();
+            *self.stalls.lock() = (&after).into();
+            // What became unused while others moved.
+            out.idle += give_back(&out);
+        }
+        let left = rest(&out).bytes;
+        let why = stopped.unwrap_or(Refusal::CannotMove);
+        out.refused = heap.space().why_stayed(recall.ranges.as_slice(), left, why);
+        out
     }
 }

@@ -18,6 +18,7 @@ const NOTHING: Recall = Recall {
     bytes: 0,
     deadline: TICK,
     ranges: Ranges::EMPTY,
+    past_deadline: false,
 };
 
 impl Service {
@@ -91,5 +92,30 @@ impl Service {
         };
         let min_age = heap.config().return_after_ms / TICK.as_millis() as u32;
         self.give_back(heap, source, &surplus, min_age);
+    }
+
+    /// Gives back up to `granules` unused ones of a recall's ranges.
+    pub(super) fn give_back(
+        &self,
+        heap: &Heap,
+        source: &dyn ExtentSource,
+        recall: &Recall,
+        min_age: u32,
+    ) -> u64 {
+        let mut left = recall.bytes as usize / GRANULE;
+        let mut bytes = 0;
+        while left > 0 {
+            let ranges = heap
+                .space()
+                .take_idle(left, recall.ranges.as_slice(), min_age);
+            if ranges.is_empty() {
+                break;
+            }
+            source.give_back(&ranges);
+            left -= (ranges.bytes() as usize / GRANULE).min(left);
+            bytes += ranges.bytes();
+        }
+        self.returned.fetch_add(bytes, Ordering::Relaxed);
+        bytes
     }
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::pagemap::PageMap;
+use crate::source::Refusal;
 
 /// Bytes of a granule: the unit of backing and of moving (2 MiB, the size a
 /// page-table entry of the second level maps).
@@ -49,8 +50,8 @@ pub(super) struct Granule {
     pub(super) tier: Tier,
     /// A rebind is under way: no page of it is handed out meanwhile.
     pub(super) in_flight: bool,
-    /// It could not be moved; not tried again before the next recall.
-    pub(super) refused: bool,
+    /// Why it could not be moved; not tried again before the next recall.
+    pub(super) refused: Option<Refusal>,
     /// In DRAM because the placement wants it so, not for want of extents.
     pub(super) by_choice: bool,
     /// When it became empty, in ticks of the service; for its return.
@@ -64,7 +65,7 @@ impl Granule {
         backing: Backing::None,
         tier: Tier::Dram,
         in_flight: false,
-        refused: false,
+        refused: None,
         by_choice: false,
         idle_since: 0,
     };

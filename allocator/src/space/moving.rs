@@ -10,7 +10,7 @@ use super::pool::wants;
 use super::rebind::{LivePages, Memory, RUN, Step};
 use super::table::State;
 use super::{Space, map};
-use crate::source::{Ranges, WindowRange};
+use crate::source::{Ranges, Refusal, Refusals, WindowRange};
 
 /// Neighbouring granules that have been picked, and where each is to go.
 /// To be ended with [`Space::end_move`].
@@ -68,8 +68,12 @@ pub struct Leaving<'a> {
 pub struct Ended {
     /// Extents that are free now, to be given back.
     pub freed: Ranges,
-    /// Granules that moved.
-    pub moved: usize,
+    /// Granules that are on other extents now.
+    pub to_extents: usize,
+    /// Granules that are in DRAM now.
+    pub to_dram: usize,
+    /// Live bytes of both.
+    pub copied: u64,
 }
 
 impl Space {
@@ -81,7 +85,7 @@ impl Space {
             index < state.high && {
                 let granule = state.granule(index);
                 !granule.in_flight
-                    && !granule.refused
+                    && granule.refused.is_none()
                     && !granule.live.is_empty()
                     && matches!(granule.backing, Backing::Extent(o) if wants(leaving.wanted, o))
             }
@@ -123,7 +127,7 @@ impl Space {
                 let granule = state.granule(index);
                 granule.tier == Tier::Extent
                     && granule.backing == Backing::Dram
-                    && !(granule.in_flight || granule.refused || granule.by_choice)
+                    && !(granule.in_flight || granule.refused.is_some() || granule.by_choice)
             }
         };
         let first = (0..state.high).find(|&index| may(&state, index))?;
@@ -145,23 +149,30 @@ impl Space {
             let granule = state.granule(index);
             granule.tier == Tier::Extent
                 && granule.backing == Backing::Dram
-                && !(granule.by_choice || granule.refused || granule.in_flight)
+                && !(granule.by_choice || granule.refused.is_some() || granule.in_flight)
         };
         (0..state.high).filter(displaced).count()
     }
 
-    /// Books a move that is done; bit `i` of `stayed` says that granule `i`
-    /// has its old backing still.
-    pub fn end_move(&self, ended: Move, stayed: u32) -> Ended {
+    /// Books a move that is done; `stayed` says why granule `i` has its old
+    /// backing still, if it has.
+    pub fn end_move(&self, ended: Move, stayed: &[Option<Refusal>; RUN]) -> Ended {
         let mut state = self.state.lock();
         let mut result = Ended {
             freed: Ranges::EMPTY,
-            moved: 0,
+            to_extents: 0,
+            to_dram: 0,
+            copied: 0,
         };
-        for i in 0..ended.len {
-            let arrived = stayed & (1 << i) == 0;
-            result.moved += usize::from(arrived);
-            if let Some(offset) = state.arrive(&ended, i, arrived) {
+        for (i, stayed) in stayed.iter().enumerate().take(ended.len) {
+            if stayed.is_none() {
+                result.copied += u64::from(ended.live[i].count()) * PAGE as u64;
+                match ended.to[i] {
+                    Backing::Extent(_) => result.to_extents += 1,
+                    _ => result.to_dram += 1,
+                }
+            }
+            if let Some(offset) = state.arrive(&ended, i, *stayed) {
                 result.freed.push(WindowRange {
                     offset,
                     len: GRANULE as u64,
@@ -171,11 +182,39 @@ impl Space {
         result
     }
 
+    /// Says of up to `bytes` of live granules on extents, of `wanted` or any if
+    /// that is empty, why they stay: each its own reason, or else `otherwise`.
+    pub fn why_stayed(&self, wanted: &[WindowRange], bytes: u64, otherwise: Refusal) -> Refusals {
+        let state = self.state.lock();
+        let mut refused = Refusals::NONE;
+        for with_reason in [true, false] {
+            for index in 0..state.high {
+                let granule = state.granule(index);
+                let Backing::Extent(offset) = granule.backing else {
+                    continue;
+                };
+                let left = bytes.saturating_sub(refused.bytes());
+                if left == 0 {
+                    return refused;
+                }
+                if granule.refused.is_some() == with_reason
+                    && !granule.is_idle()
+                    && wants(wanted, offset)
+                {
+                    let len = (GRANULE as u64).min(left);
+                    let reason = granule.refused.unwrap_or(otherwise);
+                    refused.add(reason, WindowRange { offset, len });
+                }
+            }
+        }
+        refused
+    }
+
     /// Lets granules be picked again that once could not be moved.
     pub fn forgive(&self) {
         let mut state = self.state.lock();
         for index in 0..state.high {
-            state.granule_mut(index).refused = false;
+            state.granule_mut(index).refused = None;
         }
     }
 
@@ -217,8 +256,9 @@ impl State {
     }
 
     /// Books granule `i` of a move as where it is now; what it freed.
-    fn arrive(&mut self, ended: &Move, i: usize, moved: bool) -> Option<u64> {
+    fn arrive(&mut self, ended: &Move, i: usize, stayed: Option<Refusal>) -> Option<u64> {
         let (index, at) = (ended.index + i, ended.addr + i * GRANULE);
+        let moved = stayed.is_none();
         let (now, other) = if moved {
             (ended.to[i], ended.from[i])
         } else {
@@ -226,7 +266,7 @@ impl State {
         };
         let granule = self.granule_mut(index);
         granule.in_flight = false;
-        granule.refused = !moved;
+        granule.refused = stayed;
         granule.backing = now;
         if moved {
             // Only what was live was copied, and the rest is as new, or was

@@ -195,6 +195,7 @@ impl MemfdSource {
             bytes,
             deadline,
             ranges,
+            past_deadline: false,
         }));
         let mut state = self.state.lock().unwrap();
         loop {

@@ -58,7 +58,9 @@ pub(crate) fn status() -> Status {
         },
         "receipts": [{
             "id": 8, "origin": "device", "asked": 6 * MIB, "returned": 4 * MIB, "returned_free": 2 * MIB,
-            "returned_purged": 0, "returned_rebound": 2 * MIB, "ranges": [],
+            "returned_idle": 0, "returned_purged": 0, "returned_dropped": 0, "returned_to_extents": 0,
+            "returned_to_dram": 2 * MIB, "returned_spilled": 0, "ranges": [],
+            "copied": 2 * MIB, "moving_us": 500, "stalls": {"count": 0, "p50": 0, "p99": 0, "max": 0},
             "refused": [{"len": 2 * MIB, "reason": "pinned", "pid": 41}], "duration_us": 2500,
         }],
     });

@@ -194,14 +194,9 @@ fn draw_receipts(frame: &mut Frame<'_>, area: Rect, status: &Status) {
         .take(usize::from(BOTTOM) - 1)
         .map(|receipt| {
             let refused = receipt.refused_bytes();
-            let parts = [
-                (receipt.returned_free, "free"),
-                (receipt.returned_purged, "idle"),
-                (receipt.returned_rebound, "moved"),
-            ];
-            let parts = parts.iter().filter(|(bytes, _)| *bytes > 0);
+            let parts = receipt.steps().into_iter().filter(|(_, bytes)| *bytes > 0);
             let parts: Vec<String> = parts
-                .map(|(bytes, how)| format!("{} {how}", Bytes(*bytes)))
+                .map(|(how, bytes)| format!("{} {how}", Bytes(bytes)))
                 .collect();
             let origin = receipt.origin.to_string();
             let mut line = Line::from(format!(

@@ -42,7 +42,7 @@ fn capacity_is_added_released_and_shown() {
     let extent = json(&dcm.ok(&["status", "--json"]))["extents"][0]["dpa"].clone();
     let range = format!("{}+2M", extent.as_str().unwrap());
     let receipt = dcm.ok(&["release", &range]);
-    assert!(receipt.contains("returned  2M: 2M free"), "{receipt}");
+    assert!(receipt.contains("returned  2M (2M free)"), "{receipt}");
     let text = dcm.ok(&["status"]);
     assert!(text.contains("capacity  56M accepted"), "{text}");
     assert!(text.contains("recall    #2 by the operator"), "{text}");

@@ -200,7 +200,9 @@ impl Broker {
                 origin: Origin::Device,
                 target: Target::Ranges(wanted),
                 patience: self.config.recall_deadline,
+                past_deadline: false,
                 requester: None,
+                progress: false,
                 requested: now,
             };
             self.recall(request, now);

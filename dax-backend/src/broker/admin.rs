@@ -8,7 +8,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::de::DeserializeOwned;
@@ -52,6 +52,12 @@ pub enum AdminRequest {
         /// Have the orchestrator take it at once, whoever uses it: only ranges.
         #[serde(default)]
         force: bool,
+        /// At the deadline there is a receipt, and the work goes on.
+        #[serde(default)]
+        past_deadline: bool,
+        /// Say meanwhile how far it is ([`AdminClient::ask_watching`]).
+        #[serde(default)]
+        progress: bool,
     },
 }
 
@@ -158,13 +164,32 @@ impl AdminClient {
         request: &AdminRequest,
         patience: Duration,
     ) -> Result<AdminReply, AdminError> {
+        self.ask_watching(request, patience, |_, _| ())
+    }
+
+    /// The same; `progress` hears meanwhile how many bytes were asked for and
+    /// how many of them are back.
+    pub fn ask_watching(
+        &self,
+        request: &AdminRequest,
+        patience: Duration,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<AdminReply, AdminError> {
+        let deadline = Instant::now().checked_add(patience);
         let unreadable = |error: io::Error| AdminError::Unreadable(error.to_string());
         let body = to_memfd(request).map_err(unreadable)?;
         self.client
             .send(&Message::new(Kind::AdminRequest), &[body.as_fd()])?;
         let mut fds = Descriptors::default();
-        let Some(message) = self.client.receive(Some(patience), &mut fds)? else {
-            return Err(AdminError::Silent(patience));
+        let message = loop {
+            let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
+            let Some(message) = self.client.receive(left, &mut fds)? else {
+                return Err(AdminError::Silent(patience));
+            };
+            if message.kind() != Some(Kind::AdminProgress) {
+                break message;
+            }
+            progress(message.arg(0), message.arg(1));
         };
         let [Some(body), ..] = fds.0 else {
             return Err(AdminError::Unreadable("it has no body".into()));

@@ -18,10 +18,12 @@ use rustix::net::{
 use thiserror::Error;
 
 use super::client_page::ClientPageMapping;
+use super::outcome::RecallOutcome;
 use super::peer::Peer;
 use super::protocol::{
-    GRANT_EXHAUSTED, GRANT_LAST, GRANULE, Kind, MAX_RANGES, Message, RECALL_LOST, Ranges,
-    RefusalReason, RefusedCode, Role, WELCOME_USERFAULTFD, WindowRange,
+    GRANT_EXHAUSTED, GRANT_LAST, GRANULE, Kind, MAX_RANGES, Message, RECALL_LOST,
+    RECALL_PAST_DEADLINE, Ranges, RefusalReason, RefusedCode, Role, WELCOME_USERFAULTFD,
+    WindowRange,
 };
 use super::socket::{Descriptors, SocketError, readable, receive_message, send_message};
 
@@ -130,22 +132,11 @@ pub enum FromBroker {
         ranges: Ranges,
         /// The device has taken the memory already (forced release).
         lost: bool,
+        /// At the deadline the client answers and goes on.
+        past_deadline: bool,
     },
     /// Asking for a lease is worth while again.
     CapacityAvailable,
-}
-
-/// What a client did about a recall; see [`Kind::RecallAnswer`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RecallOutcome {
-    /// Bytes returned that were idle, or became so by purging the engine.
-    pub purged: u64,
-    /// Bytes returned by moving live data elsewhere.
-    pub rebound: u64,
-    /// Bytes not returned.
-    pub refused: u64,
-    /// Why not.
-    pub reason: RefusalReason,
 }
 
 /// The connection. Sending is atomic per message, so threads may share it;
@@ -256,23 +247,28 @@ impl BrokerClient {
         Ok(())
     }
 
-    /// Says what came of recall `id`, after what it returned. `refused` may
-    /// name ranges that stay; those beyond [`MAX_RANGES`] go unnamed.
-    pub fn answer_recall(
+    /// Says of recall `id` that `bytes` are not returned and why. `ranges` may
+    /// name them; those beyond [`MAX_RANGES`] go unnamed.
+    pub fn refuse_recall(
         &self,
         id: u64,
-        outcome: RecallOutcome,
-        refused: &[WindowRange],
+        reason: RefusalReason,
+        bytes: u64,
+        ranges: &[WindowRange],
     ) -> Result<(), ClientError> {
-        let named = &refused[..refused.len().min(MAX_RANGES)];
-        let message = Message::new(Kind::RecallAnswer)
+        let named = &ranges[..ranges.len().min(MAX_RANGES)];
+        let message = Message::new(Kind::RecallRefused)
             .with_id(id)
-            .with_arg(0, outcome.purged)
-            .with_arg(1, outcome.rebound)
-            .with_arg(2, outcome.refused)
-            .with_arg(3, outcome.reason as u64)
+            .with_arg(0, bytes)
+            .with_arg(1, reason as u64)
             .with_ranges(named);
         self.send(&message, &[])
+    }
+
+    /// Says what came of recall `id`, after what it returned and refused.
+    pub fn answer_recall(&self, id: u64, outcome: &RecallOutcome) -> Result<(), ClientError> {
+        let message = Message::new(Kind::RecallAnswer).with_id(id);
+        self.send(&outcome.write(message), &[])
     }
 
     /// The next message; `None` when none came within `timeout` (`None`: no limit).
@@ -293,6 +289,7 @@ impl BrokerClient {
                 deadline: Duration::from_millis(message.arg(1)),
                 ranges: message.ranges(),
                 lost: flags & RECALL_LOST != 0,
+                past_deadline: flags & RECALL_PAST_DEADLINE != 0,
             },
             Some(Kind::CapacityAvailable) => FromBroker::CapacityAvailable,
             _ => return Err(ClientError::Unexpected),

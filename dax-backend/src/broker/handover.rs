@@ -79,7 +79,9 @@ impl Broker {
     }
 }
 
-/// Books what went back to the device under one of the receipt's steps.
+/// Books what went back to the device under the steps of the chain: as free if
+/// nobody was asked yet, and otherwise as clients said; what none of them has
+/// claimed was idle.
 fn credit(recall: &mut ActiveRecall, released: Vec<DpaRange>, unasked: bool) {
     let bytes: u64 = released.iter().map(|range| range.len).sum();
     let receipt = &mut recall.receipt;
@@ -87,10 +89,20 @@ fn credit(recall: &mut ActiveRecall, released: Vec<DpaRange>, unasked: bool) {
     if unasked {
         receipt.returned_free += bytes;
     } else {
-        let moved = bytes.min(recall.rebound);
-        recall.rebound -= moved;
-        receipt.returned_rebound += moved;
-        receipt.returned_purged += bytes - moved;
+        let (said, mut left) = (&mut recall.said, bytes);
+        for (step, said) in [
+            (&mut receipt.returned_purged, &mut said.purged),
+            (&mut receipt.returned_dropped, &mut said.dropped),
+            (&mut receipt.returned_to_extents, &mut said.to_extents),
+            (&mut receipt.returned_to_dram, &mut said.to_dram),
+            (&mut receipt.returned_spilled, &mut said.spilled),
+        ] {
+            let bytes = left.min(*said);
+            *said -= bytes;
+            *step += bytes;
+            left -= bytes;
+        }
+        receipt.returned_idle += left;
     }
     receipt
         .ranges

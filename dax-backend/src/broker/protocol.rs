@@ -34,6 +34,8 @@ pub const GRANT_LAST: u32 = 1 << 1;
 /// Not answered; the client returns the ranges once nothing of it maps them, and until then
 /// nobody gets them, even if the device lends them anew.
 pub const RECALL_LOST: u32 = 1 << 0;
+/// [`Kind::Recall`]: at the deadline the client answers and goes on.
+pub const RECALL_PAST_DEADLINE: u32 = 1 << 1;
 
 /// What a message says. Broker to client has the top bit of the low byte set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,12 +47,15 @@ pub enum Kind {
     Lease = 0x02,
     /// ranges: given back; the client does not map them any more.
     Return = 0x03,
-    /// id of the recall; arg0 bytes returned idle or purged, arg1 by rebind,
-    /// arg2 bytes refused, arg3 reason ([`RefusalReason`]); ranges (optional):
-    /// what is refused. What is returned travels in [`Kind::Return`] before it.
+    /// id of the recall; numbers as in
+    /// [`RecallOutcome`](super::outcome::RecallOutcome). What is returned travels
+    /// in [`Kind::Return`] before it, what is refused in [`Kind::RecallRefused`].
     RecallAnswer = 0x04,
     /// One descriptor: a memfd with a JSON request. Admin role only.
     AdminRequest = 0x05,
+    /// id of the recall; arg0 bytes refused, arg1 reason ([`RefusalReason`]);
+    /// ranges (optional): where. One for each reason.
+    RecallRefused = 0x06,
     /// arg0 window length, arg1 granule, arg2 client id, arg3 offset of the
     /// window in its file; ranges\[0\]: the DPA range it shows. Descriptors:
     /// window, client page, and `/dev/userfaultfd` if [`WELCOME_USERFAULTFD`].
@@ -65,6 +70,9 @@ pub enum Kind {
     CapacityAvailable = 0x85,
     /// arg0 0 ok, 1 error. One descriptor: a memfd with the JSON reply.
     AdminReply = 0x87,
+    /// Before an [`Kind::AdminReply`] that takes time: arg0 bytes asked for,
+    /// arg1 bytes returned until now.
+    AdminProgress = 0x88,
 }
 
 impl Kind {
@@ -75,12 +83,14 @@ impl Kind {
             0x03 => Self::Return,
             0x04 => Self::RecallAnswer,
             0x05 => Self::AdminRequest,
+            0x06 => Self::RecallRefused,
             0x81 => Self::Welcome,
             0x82 => Self::Refused,
             0x83 => Self::Grant,
             0x84 => Self::Recall,
             0x85 => Self::CapacityAvailable,
             0x87 => Self::AdminReply,
+            0x88 => Self::AdminProgress,
             _ => return None,
         })
     }
@@ -200,6 +210,23 @@ impl Message {
         }
         self.count = (ranges.len().min(MAX_RANGES) as u32).into();
         self
+    }
+
+    /// Writes plain numbers where ranges would be; at most twice [`MAX_RANGES`].
+    pub(super) fn with_numbers(mut self, numbers: &[u64]) -> Self {
+        debug_assert!(numbers.len() <= 2 * MAX_RANGES);
+        let mut numbers = numbers.iter().copied();
+        for wire in &mut self.ranges {
+            wire.offset = numbers.next().unwrap_or(0).into();
+            wire.len = numbers.next().unwrap_or(0).into();
+        }
+        self
+    }
+
+    /// What [`Self::with_numbers`] wrote, with zeroes to the end.
+    pub(super) fn numbers(&self) -> impl Iterator<Item = u64> {
+        let pairs = self.ranges.iter();
+        pairs.flat_map(|wire| [wire.offset.get(), wire.len.get()])
     }
 
     /// Checks `bytes` and reads them.

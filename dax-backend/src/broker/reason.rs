@@ -39,7 +39,7 @@ impl RefusedCode {
     }
 }
 
-/// Why capacity stayed where it was; arg3 of [`Kind::RecallAnswer`](super::protocol::Kind::RecallAnswer) and a receipt's `reason`.
+/// Why capacity stayed where it was; arg1 of [`Kind::RecallRefused`](super::protocol::Kind::RecallRefused) and a receipt's `reason`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -81,13 +81,22 @@ pub enum RefusalReason {
     /// The device took it while it was in use (forced release).
     #[error("the device took it while it was in use")]
     Lost = 12,
+    /// Moving it to DRAM would exceed the client's limit, and spilling it its other one.
+    #[error("the client's DRAM limit and its spill_limit are reached")]
+    SpillFull = 13,
+    /// The client could not write the file that it spills to.
+    #[error("the client's DRAM limit is reached, and its spill file can't be written")]
+    SpillFailed = 14,
+    /// The client has nearly as many mappings as a process may.
+    #[error("the client has nearly as many mappings as it may (vm.max_map_count)")]
+    Mappings = 15,
     /// A client answered with a reason this version does not know.
     #[error("for a reason this version does not know")]
     Unknown = u64::MAX,
 }
 
 impl RefusalReason {
-    /// The reason of `arg3`; 0 (none given) reads as [`RefusalReason::Live`].
+    /// The reason of `arg1`; 0 (none given) reads as [`RefusalReason::Live`].
     pub fn from_wire(value: u64) -> Self {
         match value {
             0 | 1 => Self::Live,
@@ -102,6 +111,9 @@ impl RefusalReason {
             10 => Self::BlockInUse,
             11 => Self::Device,
             12 => Self::Lost,
+            13 => Self::SpillFull,
+            14 => Self::SpillFailed,
+            15 => Self::Mappings,
             _ => Self::Unknown,
         }
     }

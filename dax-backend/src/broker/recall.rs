@@ -3,7 +3,8 @@
 //! One recall at a time; the others queue. A recall marks what must go
 //! (`outgoing.rs`), gives the device what is free, asks clients for the rest,
 //! and gives the device what they return. Clients that do not answer by the
-//! deadline are named in the receipt.
+//! deadline are named in the receipt; if they were told to go on past it, the
+//! recall goes on as well, until they have answered or another is asked for.
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -12,12 +13,19 @@ use std::time::{Duration, Instant};
 use super::admin::AdminReply;
 use super::connection::ConnectionId;
 use super::lease::ClientId;
-use super::protocol::{GRANULE, Kind, MAX_RANGES, Message, Ranges, RefusalReason, WindowRange};
+use super::outcome::{RecallOutcome, StallTimes};
+use super::protocol::{
+    GRANULE, Kind, MAX_RANGES, Message, RECALL_PAST_DEADLINE, Ranges, RefusalReason, WindowRange,
+};
 use super::receipt::{Origin, Receipt};
 use super::server::Broker;
 use super::status::{RecallAsk, RecallStatus};
 use crate::address::DpaRange;
 
+/// A recall that outlives its deadline ends after this long at the latest.
+const OVERDUE: Duration = Duration::from_secs(600);
+/// The requester hears of progress so often.
+const PROGRESS: Duration = Duration::from_millis(50);
 /// Receipts kept for `dcm status`.
 const HISTORY: usize = 64;
 /// After the deadline, how long the device may take for what came back before
@@ -39,8 +47,12 @@ pub(super) struct RecallRequest {
     pub(super) origin: Origin,
     pub(super) target: Target,
     pub(super) patience: Duration,
+    /// At the deadline the work goes on.
+    pub(super) past_deadline: bool,
     /// Who gets the receipt.
     pub(super) requester: Option<ConnectionId>,
+    /// It wants to hear how far the recall is.
+    pub(super) progress: bool,
     pub(super) requested: Instant,
 }
 
@@ -95,6 +107,8 @@ impl Recalls {
 struct Ask {
     client: ClientId,
     bytes: u64,
+    /// Of these: refused.
+    refused: u64,
 }
 
 /// What a client did not return.
@@ -115,15 +129,20 @@ pub(super) struct ActiveRecall {
     /// The device's words when it did not take something.
     pub(super) device_error: Option<String>,
     deadline: Instant,
+    past_deadline: bool,
+    /// It has outlived its deadline.
+    overdue: bool,
     requester: Option<ConnectionId>,
+    /// When the requester may hear next how far it is, if it wants to.
+    progress: Option<Instant>,
     requested: Instant,
     waiting: BTreeMap<u64, Ask>,
     /// Clients with no more to give.
     spent: BTreeSet<ClientId>,
     /// Free bytes marked for this recall and not released yet.
     pub(super) claimed: u64,
-    /// Bytes that clients moved out of the way and the device has not taken yet.
-    pub(super) rebound: u64,
+    /// What clients say they returned and the device has not taken yet.
+    pub(super) said: RecallOutcome,
     /// The deadline has passed; only the device is waited for.
     closing: bool,
     /// Marked by this recall, leased or free.
@@ -143,11 +162,25 @@ impl ActiveRecall {
         self.asked
     }
 
+    /// Adds what a client says.
+    fn hear(&mut self, outcome: &RecallOutcome) {
+        self.said.add(outcome);
+        let receipt = &mut self.receipt;
+        receipt.copied = receipt.copied.saturating_add(outcome.copied);
+        receipt.moving_us = receipt.moving_us.max(outcome.moving_us);
+        receipt.stalls.add(&outcome.stalls);
+    }
+
+    fn duration_us(&self, now: Instant) -> u64 {
+        let spent = now.max(Instant::now()).duration_since(self.requested);
+        spent.as_micros() as u64
+    }
+
     fn decline(&mut self, ask: &Ask, pid: u32, reason: RefusalReason) {
         self.declined.push(Declined {
             client: ask.client,
             pid,
-            bytes: ask.bytes,
+            bytes: ask.bytes - ask.refused,
             reason,
             ranges: Ranges::default(),
         });
@@ -177,16 +210,44 @@ impl Broker {
             recall.device_error = Some("the device has not answered".into());
             return self.finish(recall, now);
         }
-        self.claim(&mut recall);
-        let late = std::mem::take(&mut recall.waiting);
-        for ask in late.into_values() {
-            let pid = self.clients.get(&ask.client).map_or(0, |c| c.peer.pid);
-            recall.decline(&ask, pid, RefusalReason::Deadline);
+        if recall.past_deadline && !recall.overdue && !recall.waiting.is_empty() {
+            return self.report_and_go_on(recall, now);
         }
+        self.claim(&mut recall);
+        self.decline_late(&mut recall);
+        recall.waiting.clear();
         recall.closing = true;
         recall.deadline = now + DEVICE_PATIENCE;
         self.hand_over(Some(&recall));
         self.go_on(recall, now);
+    }
+
+    /// Names those who have not answered.
+    fn decline_late(&self, recall: &mut ActiveRecall) {
+        let waiting = std::mem::take(&mut recall.waiting);
+        for ask in waiting.values() {
+            let pid = self.clients.get(&ask.client).map_or(0, |c| c.peer.pid);
+            recall.decline(ask, pid, RefusalReason::Deadline);
+        }
+        recall.waiting = waiting;
+    }
+
+    /// The requester gets a receipt of what came until now, and waits no more.
+    fn report_and_go_on(&mut self, mut recall: ActiveRecall, now: Instant) {
+        let said = recall.declined.len();
+        self.decline_late(&mut recall);
+        if let Some(requester) = recall.requester.take() {
+            let mut receipt = recall.receipt.clone();
+            receipt.refused = self.refusals(&recall);
+            receipt.duration_us = recall.duration_us(now);
+            receipt.more = true;
+            self.reply(requester, &AdminReply::Receipt(receipt), now);
+        }
+        recall.declined.truncate(said);
+        recall.progress = None;
+        recall.overdue = true;
+        recall.deadline = now + OVERDUE;
+        self.recalls.active = Some(recall);
     }
 
     /// What a client's end left goes on with the recall under way.
@@ -197,6 +258,14 @@ impl Broker {
     }
 
     fn start_recalls(&mut self, now: Instant) {
+        if !self.recalls.queue.is_empty()
+            && let Some(recall) = self
+                .recalls
+                .active
+                .take_if(|recall| recall.overdue && !recall.closing)
+        {
+            self.deadline_passed(recall, now);
+        }
         while self.recalls.active.is_none() {
             let Some(request) = self.recalls.queue.pop_front() else {
                 return;
@@ -222,12 +291,15 @@ impl Broker {
             declined: Vec::new(),
             device_error: None,
             deadline: now + request.patience,
+            past_deadline: request.past_deadline,
+            overdue: false,
             requester: request.requester,
+            progress: request.progress.then_some(now),
             requested: request.requested,
             waiting: BTreeMap::new(),
             spent: BTreeSet::new(),
             claimed: 0,
-            rebound: 0,
+            said: RecallOutcome::default(),
             closing: false,
             marked: Vec::new(),
             rounds: 0,
@@ -255,11 +327,19 @@ impl Broker {
             asked,
             returned: 0,
             returned_free: 0,
+            returned_idle: 0,
             returned_purged: 0,
-            returned_rebound: 0,
+            returned_dropped: 0,
+            returned_to_extents: 0,
+            returned_to_dram: 0,
+            returned_spilled: 0,
             ranges: Vec::new(),
             refused: Vec::new(),
+            copied: 0,
+            moving_us: 0,
+            stalls: StallTimes::default(),
             duration_us: 0,
+            more: false,
         }
     }
 
@@ -367,10 +447,44 @@ impl Broker {
             .with_id(id)
             .with_arg(0, bytes)
             .with_arg(1, patience.as_millis() as u64)
+            .with_flags(match recall.past_deadline {
+                true => RECALL_PAST_DEADLINE,
+                false => 0,
+            })
             .with_ranges(ranges);
         self.post(connection, message);
-        recall.waiting.insert(id, Ask { client, bytes });
+        let refused = 0;
+        recall.waiting.insert(
+            id,
+            Ask {
+                client,
+                bytes,
+                refused,
+            },
+        );
         recall.asked = true;
+    }
+
+    /// A client says what it does not return, for one of its reasons.
+    pub(super) fn recall_refused(&mut self, client: ClientId, message: &Message) {
+        let pid = self.clients.get(&client).map_or(0, |c| c.peer.pid);
+        let Some(recall) = &mut self.recalls.active else {
+            return;
+        };
+        let Some(ask) = recall.waiting.get_mut(&message.id()) else {
+            return;
+        };
+        let bytes = message.arg(0).min(ask.bytes - ask.refused);
+        if ask.client == client && bytes > 0 {
+            ask.refused += bytes;
+            recall.declined.push(Declined {
+                client,
+                pid,
+                bytes,
+                reason: RefusalReason::from_wire(message.arg(1)),
+                ranges: message.ranges(),
+            });
+        }
     }
 
     /// A client says what it did. Answers to recalls that are over count for nothing.
@@ -378,39 +492,61 @@ impl Broker {
         let Some(mut recall) = self.recalls.active.take() else {
             return;
         };
-        let asked = |ask: &Ask| ask.client == client;
-        if recall.waiting.get(&message.id()).is_some_and(asked) {
-            recall.waiting.remove(&message.id());
-            let (purged, rebound, refused) = (message.arg(0), message.arg(1), message.arg(2));
+        let asked = recall.waiting.get_mut(&message.id());
+        if let Some(ask) = asked.filter(|ask| ask.client == client) {
+            let outcome = RecallOutcome::read(message);
             tracing::info!(
                 recall = recall.receipt.id,
                 pid = self.clients.get(&client).map(|c| c.peer.pid),
-                purged,
-                rebound,
-                refused,
+                ?outcome,
+                refused = ask.refused,
                 "client answered"
             );
-            if refused > 0 || purged.saturating_add(rebound) == 0 {
-                recall.spent.insert(client);
+            if outcome.more {
+                // What it refused until now, it will do or refuse again.
+                ask.refused = 0;
+                recall.declined.retain(|said| said.client != client);
+            } else {
+                if ask.refused > 0 || outcome.steps().iter().all(|bytes| *bytes == 0) {
+                    recall.spent.insert(client);
+                }
+                recall.waiting.remove(&message.id());
             }
-            // What it moved to DRAM is to come back when there is capacity.
+            // What it moved is to come back when there is capacity.
             if let Some(client) = self.clients.get_mut(&client) {
-                client.starving |= rebound > 0;
+                client.starving |= outcome.moved() > 0;
             }
-            if refused > 0 {
-                recall.declined.push(Declined {
-                    client,
-                    pid: self.clients.get(&client).map_or(0, |c| c.peer.pid),
-                    bytes: refused,
-                    reason: RefusalReason::from_wire(message.arg(3)),
-                    ranges: message.ranges(),
-                });
-            }
-            recall.rebound = recall.rebound.saturating_add(rebound);
+            recall.hear(&outcome);
             self.claim(&mut recall);
             self.hand_over(Some(&recall));
         }
         self.go_on(recall, now);
+        self.tell_progress();
+    }
+
+    /// Tells the requester how far the recall is, now and then.
+    pub(super) fn tell_progress(&mut self) {
+        let now = Instant::now();
+        let Some(recall) = &mut self.recalls.active else {
+            return;
+        };
+        if recall.progress.is_none_or(|next| next > now) {
+            return;
+        }
+        recall.progress = Some(now + PROGRESS);
+        let asked = recall.receipt.asked;
+        let back = match recall.target {
+            Target::Bytes(_) => asked - recall.missing(),
+            Target::Ranges(_) => {
+                let leases = self.table.marked_leases();
+                asked.saturating_sub(leases.iter().map(|(_, range)| range.len).sum())
+            }
+        };
+        let message = Message::new(Kind::AdminProgress)
+            .with_arg(0, asked)
+            .with_arg(1, back);
+        let requester = recall.requester;
+        self.post(requester, message);
     }
 
     /// `client` can't answer any more.
@@ -443,8 +579,7 @@ impl Broker {
         if recall.receipt.origin == Origin::Operator {
             self.table.unmark(&recall.marked);
         }
-        let spent = now.max(Instant::now()).duration_since(recall.requested);
-        recall.receipt.duration_us = spent.as_micros() as u64;
+        recall.receipt.duration_us = recall.duration_us(now);
         self.file_receipt(recall.receipt, recall.requester, now);
     }
 
@@ -459,9 +594,8 @@ impl Broker {
             origin = %receipt.origin,
             asked = receipt.asked,
             returned = receipt.returned,
-            free = receipt.returned_free,
-            purged = receipt.returned_purged,
-            rebound = receipt.returned_rebound,
+            steps = ?receipt.steps(),
+            copied = receipt.copied,
             refused = receipt.refused_bytes(),
             duration_us = receipt.duration_us,
             "recall ends"

@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::outcome::StallTimes;
 use super::protocol::RefusalReason;
 use crate::address::DpaRange;
 
@@ -106,22 +107,65 @@ pub struct Receipt {
     pub returned: u64,
     /// Of these: not leased to anybody.
     pub returned_free: u64,
-    /// Of these: idle in a client, or made so by purging its engine.
+    /// Of these: idle in a client.
+    pub returned_idle: u64,
+    /// Of these: emptied by purging a client's engine.
     pub returned_purged: u64,
-    /// Of these: freed by moving live data elsewhere.
-    pub returned_rebound: u64,
+    /// Of these: emptied by what programs dropped when asked.
+    pub returned_dropped: u64,
+    /// Of these: in use, and moved to extents that stay.
+    pub returned_to_extents: u64,
+    /// Of these: in use, and moved to DRAM.
+    pub returned_to_dram: u64,
+    /// Of these: in use, and written to a file.
+    pub returned_spilled: u64,
     /// What the device has back.
     pub ranges: Vec<DpaSpan>,
     /// What it has not.
     pub refused: Vec<Refusal>,
+    /// Live bytes that were copied.
+    pub copied: u64,
+    /// Microseconds in which memory was moved; of several processes, the longest.
+    pub moving_us: u64,
+    /// How long threads waited for memory of this recall.
+    pub stalls: StallTimes,
     /// From the request to this receipt, in microseconds.
     pub duration_us: u64,
+    /// The deadline has passed and the work goes on; `dcm status` shows the
+    /// receipt of all of it when it has ended.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub more: bool,
 }
 
 impl Receipt {
     /// Bytes refused.
     pub fn refused_bytes(&self) -> u64 {
         self.refused.iter().map(|refusal| refusal.len).sum()
+    }
+
+    /// Bytes returned that were in use.
+    pub fn moved(&self) -> u64 {
+        self.returned_to_extents + self.returned_to_dram + self.returned_spilled
+    }
+
+    /// Bytes returned by each step of the chain, in order, with its name.
+    pub fn steps(&self) -> [(&'static str, u64); 7] {
+        [
+            ("free", self.returned_free),
+            ("idle", self.returned_idle),
+            ("purged", self.returned_purged),
+            ("dropped", self.returned_dropped),
+            ("moved to extents", self.returned_to_extents),
+            ("moved to DRAM", self.returned_to_dram),
+            ("spilled", self.returned_spilled),
+        ]
+    }
+
+    /// Live bytes copied per second of moving, if anything was.
+    pub fn bandwidth(&self) -> Option<u64> {
+        let bytes = u128::from(self.copied) * 1_000_000;
+        let rate = bytes.checked_div(u128::from(self.moving_us))?;
+        (rate > 0).then_some(rate as u64)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Who kept what, and why: the refusing half of a receipt.
 #![forbid(unsafe_code)]
 
-use super::protocol::{RefusalReason, WindowRange};
+use super::protocol::{GRANULE, RefusalReason, WindowRange};
 use super::recall::{ActiveRecall, Declined, Target};
 use super::receipt::{HexDpa, Refusal};
 use super::server::Broker;
@@ -81,19 +81,21 @@ impl Broker {
             });
         };
         for (client, leased) in self.table.marked_leases() {
-            if let Some(part) = self.table.dpa(leased).intersection(range) {
-                let pid = self.clients.get(&client).map(|c| c.peer.pid);
-                let connected = self
-                    .clients
-                    .get(&client)
-                    .is_some_and(|c| c.connection.is_some());
-                let said = recall.declined.iter().filter(|d| d.client == client);
-                let reason = reason_for(said, leased).unwrap_or(if connected {
-                    RefusalReason::Deadline
-                } else {
-                    RefusalReason::Unreachable
-                });
-                explain(part, reason, pid, None);
+            let holder = self.clients.get(&client);
+            let pid = holder.map(|c| c.peer.pid);
+            let connected = holder.is_some_and(|c| c.connection.is_some());
+            let silent = if connected {
+                RefusalReason::Deadline
+            } else {
+                RefusalReason::Unreachable
+            };
+            let said = recall.declined.iter().filter(|d| d.client == client);
+            for (run, reason) in by_reason(leased, |granule| {
+                reason_for(said.clone(), granule).unwrap_or(silent)
+            }) {
+                if let Some(part) = self.table.dpa(run).intersection(range) {
+                    explain(part, reason, pid, None);
+                }
             }
         }
         for (free, tagged) in self.table.free_in(range) {
@@ -135,6 +137,26 @@ fn why_free_stayed(recall: &ActiveRecall, tagged: bool) -> (RefusalReason, Optio
         (None, true) => (RefusalReason::TagInUse, None),
         (None, false) => (RefusalReason::BlockInUse, None),
     }
+}
+
+/// The runs of granules in `range` that have the same reason.
+fn by_reason(
+    range: WindowRange,
+    reason: impl Fn(WindowRange) -> RefusalReason,
+) -> Vec<(WindowRange, RefusalReason)> {
+    let mut runs: Vec<(WindowRange, RefusalReason)> = Vec::new();
+    let mut offset = range.offset;
+    while offset < range.end() {
+        let len = GRANULE.min(range.end() - offset);
+        let granule = WindowRange { offset, len };
+        let why = reason(granule);
+        match runs.last_mut() {
+            Some((run, same)) if *same == why => run.len += len,
+            _ => runs.push((granule, why)),
+        }
+        offset += len;
+    }
+    runs
 }
 
 /// What a client said about `range` itself, or else about anything.

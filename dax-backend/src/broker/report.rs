@@ -90,6 +90,8 @@ impl Broker {
                 target,
                 deadline_ms,
                 force,
+                past_deadline,
+                progress,
             } => match self.check_target(target) {
                 Ok(target) if force => self.force(id, &target, now),
                 Ok(target) => self.recall(
@@ -97,7 +99,9 @@ impl Broker {
                         origin: Origin::Operator,
                         target,
                         patience: Duration::from_millis(deadline_ms.min(86_400_000)),
+                        past_deadline,
                         requester: Some(id),
+                        progress,
                         requested: now,
                     },
                     now,

@@ -118,6 +118,9 @@ impl Broker {
             (Phase::Client(client), Some(Kind::RecallAnswer)) => {
                 self.recall_answered(client, message, now);
             }
+            (Phase::Client(client), Some(Kind::RecallRefused)) => {
+                self.recall_refused(client, message);
+            }
             (Phase::Admin, Some(Kind::AdminRequest)) => self.admin(id, fds, now),
             _ => {
                 self.counters.malformed += 1;
@@ -348,6 +351,7 @@ impl Broker {
             }
         }
         self.claim_for_recall();
+        self.tell_progress();
     }
 
     /// Sends `message` if there is still somebody to send it to.

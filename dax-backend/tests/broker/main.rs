@@ -5,4 +5,5 @@ mod capacity;
 mod leases;
 mod process;
 mod recalls;
+mod receipts;
 mod rig;

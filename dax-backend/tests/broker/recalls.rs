@@ -11,17 +11,25 @@ use dax_backend::model::{Fault, FaultKind, ReleasePolicy};
 use dax_backend::orchestrator::Orchestrator;
 
 use crate::process::{Forked, lease_and_scribble};
-use crate::rig::{Rig, Setup, is_zero, total};
+use crate::rig::{Client, Rig, Setup, is_zero, total};
 
 const MIB: u64 = 1 << 20;
 
-fn outcome(purged: u64, rebound: u64, refused: u64) -> RecallOutcome {
-    RecallOutcome {
-        purged: purged * GRANULE,
-        rebound: rebound * GRANULE,
-        refused: refused * GRANULE,
-        reason: RefusalReason::Pinned,
+/// Says that so many granules were idle, were moved to DRAM, and are refused.
+fn answer(client: &Client, id: u64, idle: u64, to_dram: u64, refused: u64, kept: &[WindowRange]) {
+    if refused > 0 {
+        let reason = RefusalReason::Pinned;
+        let said = client
+            .broker
+            .refuse_recall(id, reason, refused * GRANULE, kept);
+        said.unwrap();
     }
+    let outcome = RecallOutcome {
+        idle: idle * GRANULE,
+        to_dram: to_dram * GRANULE,
+        ..RecallOutcome::default()
+    };
+    client.broker.answer_recall(id, &outcome).unwrap();
 }
 
 fn listed_bytes(rig: &mut Rig) -> u64 {
@@ -55,17 +63,14 @@ fn clients_return_what_is_not_free_and_say_how() {
                 offset: start,
                 len: 3 * GRANULE,
             }]);
-            client
-                .broker
-                .answer_recall(id, outcome(2, 1, 1), &[])
-                .unwrap();
+            answer(&client, id, 2, 1, 1, &[]);
             bytes
         });
         let receipt = rig.release(ReleaseTarget::Bytes(8 * GRANULE), 2000);
         assert_eq!(receipt.asked, 8 * GRANULE);
         assert_eq!(receipt.returned_free, 4 * GRANULE);
-        assert_eq!(receipt.returned_purged, 2 * GRANULE);
-        assert_eq!(receipt.returned_rebound, GRANULE);
+        assert_eq!(receipt.returned_idle, 2 * GRANULE);
+        assert_eq!(receipt.returned_to_dram, GRANULE);
         assert_eq!(receipt.refused.len(), 1);
         let refusal = &receipt.refused[0];
         assert_eq!(
@@ -89,10 +94,7 @@ fn what_one_client_can_not_give_another_is_asked_for() {
         scope.spawn(|| {
             let (id, bytes, ..) = stingy.next_recall();
             assert_eq!(bytes, 2 * GRANULE);
-            stingy
-                .broker
-                .answer_recall(id, outcome(0, 0, 2), &[])
-                .unwrap();
+            answer(&stingy, id, 0, 0, 2, &[]);
         });
         scope.spawn(|| {
             for (first, count) in [(0, 2), (2, 2)] {
@@ -100,14 +102,11 @@ fn what_one_client_can_not_give_another_is_asked_for() {
                 assert_eq!(bytes, count * GRANULE);
                 let offset = ranges[0].offset + first * GRANULE;
                 generous.give_back(&[WindowRange { offset, len: bytes }]);
-                generous
-                    .broker
-                    .answer_recall(id, outcome(count, 0, 0), &[])
-                    .unwrap();
+                answer(&generous, id, count, 0, 0, &[]);
             }
         });
         let receipt = rig.release(ReleaseTarget::Bytes(4 * GRANULE), 3000);
-        assert_eq!(receipt.returned_purged, 4 * GRANULE);
+        assert_eq!(receipt.returned_idle, 4 * GRANULE);
         assert_eq!(receipt.refused, []);
     });
 }
@@ -128,10 +127,7 @@ fn who_does_not_answer_by_the_deadline_is_named() {
     assert_eq!(receipt.refused_bytes(), receipt.asked);
     // An answer that comes too late counts for nothing and harms nothing.
     let (id, ..) = client.next_recall();
-    client
-        .broker
-        .answer_recall(id, outcome(4, 0, 0), &[])
-        .unwrap();
+    answer(&client, id, 4, 0, 0, &[]);
     assert_eq!(rig.status().capacity.leased, 8 * GRANULE);
 }
 
@@ -172,16 +168,13 @@ fn a_range_is_asked_of_whoever_holds_it() {
                 offset: 7 * GRANULE,
                 len: GRANULE,
             }];
-            second
-                .broker
-                .answer_recall(id, outcome(1, 0, 1), &kept)
-                .unwrap();
+            answer(&second, id, 1, 0, 1, &kept);
         });
         let range = rig.range(6, 4);
         let receipt = rig.release(ReleaseTarget::Range(range), 2000);
         assert_eq!(receipt.asked, 4 * GRANULE);
         assert_eq!(
-            (receipt.returned_free, receipt.returned_purged),
+            (receipt.returned_free, receipt.returned_idle),
             (2 * GRANULE, GRANULE)
         );
         let refusal = &receipt.refused[0];
@@ -235,13 +228,10 @@ fn while_memory_is_asked_back_nobody_leases_it() {
             // Three granules more than were asked for came free; two is what is left to lease.
             let (granted, exhausted) = client.lease(8);
             assert_eq!((total(&granted), exhausted), (2 * GRANULE, true));
-            client
-                .broker
-                .answer_recall(id, outcome(6, 0, 0), &[])
-                .unwrap();
+            answer(&client, id, 6, 0, 0, &[]);
         });
         let receipt = rig.release(ReleaseTarget::Bytes(6 * GRANULE), 3000);
-        assert_eq!(receipt.returned_purged, 6 * GRANULE);
+        assert_eq!(receipt.returned_idle, 6 * GRANULE);
     });
 }
 
@@ -325,6 +315,8 @@ fn what_was_taken_by_force_is_lent_again_only_when_its_holder_has_let_go() {
         target: ReleaseTarget::Range(rig.range(0, 4)),
         deadline_ms: 0,
         force: true,
+        past_deadline: false,
+        progress: false,
     };
     let AdminReply::Receipt(receipt) = rig.ask(&forced).unwrap() else {
         panic!("no receipt");
@@ -358,6 +350,8 @@ fn force_needs_a_range_and_somebody_to_use_it() {
             target,
             deadline_ms: 0,
             force: true,
+            past_deadline: false,
+            progress: false,
         };
         rig.ask(&order).unwrap_err().to_string()
     };
@@ -435,6 +429,8 @@ fn ranges_that_make_no_sense_are_refused_before_anything_happens() {
             }),
             deadline_ms: 100,
             force: false,
+            past_deadline: false,
+            progress: false,
         });
         let error = error.unwrap_err().to_string();
         assert!(error.contains(says), "{dpa:#x}+{len:#x}: {error}");

@@ -117,13 +117,15 @@ impl Rig {
             target,
             deadline_ms,
             force: false,
+            past_deadline: false,
+            progress: false,
         };
         match self.ask(&request).unwrap() {
             AdminReply::Receipt(receipt) => {
                 // The books balance, whatever happened.
                 assert_eq!(
                     receipt.returned,
-                    receipt.returned_free + receipt.returned_purged + receipt.returned_rebound
+                    receipt.steps().iter().map(|(_, bytes)| bytes).sum::<u64>()
                 );
                 receipt
             }

@@ -63,7 +63,8 @@ fn recall_all(broker: &Broker) -> Result<Recalled> {
         "{returned} of {accepted} bytes came back: {receipt}"
     );
     Ok(Recalled {
-        moved: broker::number(&receipt, "/returned_rebound")?,
+        moved: broker::number(&receipt, "/returned_to_extents")?
+            + broker::number(&receipt, "/returned_to_dram")?,
     })
 }
 
