@@ -21,7 +21,7 @@ use super::client_page::ClientPageMapping;
 use super::outcome::RecallOutcome;
 use super::peer::Peer;
 use super::protocol::{
-    GRANT_EXHAUSTED, GRANT_LAST, GRANULE, Kind, MAX_RANGES, Message, RECALL_LOST,
+    GRANT_EXHAUSTED, GRANT_LAST, GRANULE, HELD_LAST, Kind, MAX_RANGES, Message, RECALL_LOST,
     RECALL_PAST_DEADLINE, Ranges, RefusalReason, RefusedCode, Role, WELCOME_USERFAULTFD,
     WindowRange,
 };
@@ -178,6 +178,35 @@ impl BrokerClient {
         Ok((client, welcome))
     }
 
+    /// Takes up again with the broker at `path`, as client `client` with the
+    /// page that its welcome brought and `held` of the window. On success the
+    /// broker knows of exactly these leases.
+    pub fn rejoin(
+        path: &CStr,
+        client: u64,
+        page: &ClientPageMapping,
+        held: impl Iterator<Item = WindowRange>,
+    ) -> Result<Self, ConnectError> {
+        let connection = Self::open(path)?;
+        connection.send(&hello(Role::Rejoin, page.key()).with_id(client), &[])?;
+        connection.answer(&mut Descriptors::default())?;
+        let mut list = Ranges::default();
+        for range in held {
+            if !list.push(range) {
+                let message = Message::new(Kind::Held).with_ranges(list.as_slice());
+                connection.send(&message, &[])?;
+                list = Ranges::default();
+                list.push(range);
+            }
+        }
+        let last = Message::new(Kind::Held)
+            .with_ranges(list.as_slice())
+            .with_flags(HELD_LAST);
+        connection.send(&last, &[])?;
+        connection.answer(&mut Descriptors::default())?;
+        Ok(connection)
+    }
+
     /// Connects in the admin role: requests and replies travel as memfds.
     pub(crate) fn connect_admin(path: &CStr) -> Result<Self, ConnectError> {
         let client = Self::open(path)?;
@@ -320,9 +349,10 @@ impl BrokerClient {
     }
 }
 
-fn hello(role: Role, run_id: u128) -> Message {
+/// `id` is that of the run, or the key of a client that rejoins.
+fn hello(role: Role, id: u128) -> Message {
     Message::new(Kind::Hello)
         .with_arg(0, role as u64)
-        .with_arg(1, (run_id >> 64) as u64)
-        .with_arg(2, run_id as u64)
+        .with_arg(1, (id >> 64) as u64)
+        .with_arg(2, id as u64)
 }

@@ -148,7 +148,11 @@ client_page! {
     stall_ns,
 }
 
-const _: () = assert!(size_of::<ClientPage>() <= PAGE_SIZE);
+/// Where in the page the client's key is, 16 bytes: it proves to a broker that
+/// was started anew which client this is.
+pub(super) const KEY_OFFSET: usize = PAGE_SIZE - 16;
+
+const _: () = assert!(size_of::<ClientPage>() <= KEY_OFFSET);
 const _: () = assert!(size_of::<ClientPage>() == size_of::<ClientStats>());
 
 /// A mapped client page. Dropping it unmaps the page, which ends the lease: a
@@ -188,6 +192,18 @@ impl ClientPageMapping {
         // SAFETY: exactly the mapping made above; children not inheriting it breaks nothing.
         unsafe { madvise(address, PAGE_SIZE, Advice::LinuxDontFork) }?;
         Ok(mapping)
+    }
+
+    /// The key that the broker wrote there.
+    pub(super) fn key(&self) -> u128 {
+        // SAFETY: inside the mapped page (asserted above), and 16 bytes from
+        // the end of a page are aligned for it; any bits are a valid number.
+        unsafe {
+            self.page
+                .byte_add(KEY_OFFSET)
+                .cast::<u128>()
+                .read_volatile()
+        }
     }
 }
 

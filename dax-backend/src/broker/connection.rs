@@ -27,6 +27,8 @@ pub(super) enum Phase {
     },
     /// A process with leases.
     Client(ClientId),
+    /// A process that says which leases it has.
+    Rejoining(ClientId),
     /// The operator.
     Admin,
 }

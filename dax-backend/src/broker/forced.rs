@@ -8,7 +8,7 @@ use super::adding::OFFER_PATIENCE;
 use super::admin::AdminReply;
 use super::connection::ConnectionId;
 use super::lease::ClientId;
-use super::protocol::{Kind, MAX_RANGES, Message, RECALL_LOST, RefusalReason, WindowRange};
+use super::protocol::{RefusalReason, WindowRange};
 use super::recall::Target;
 use super::receipt::{DpaSpan, Origin};
 use super::server::Broker;
@@ -74,6 +74,17 @@ impl Broker {
         lost: &[(ClientId, WindowRange)],
         now: Instant,
     ) {
+        let found: Vec<DpaRange>;
+        let ranges = if ranges.is_empty() {
+            // Nobody said so: the device's list shows it.
+            found = lost
+                .iter()
+                .map(|(_, range)| self.table.dpa(*range))
+                .collect();
+            &found
+        } else {
+            ranges
+        };
         self.recalls.recalls += 1;
         self.counters.recalls += 1;
         let mut receipt = self.new_receipt(Origin::Forced, &Target::Ranges(ranges.to_vec()));
@@ -95,16 +106,7 @@ impl Broker {
             client.recalls += 1;
             let bytes: u64 = ranges.iter().map(|range| range.len).sum();
             client.leased = client.leased.saturating_sub(bytes);
-            let connection = client.connection;
-            for chunk in ranges.chunks(MAX_RANGES) {
-                self.recalls.messages += 1;
-                let message = Message::new(Kind::Recall)
-                    .with_id(self.recalls.messages)
-                    .with_arg(0, chunk.iter().map(|range| range.len).sum())
-                    .with_flags(RECALL_LOST)
-                    .with_ranges(chunk);
-                self.post(connection, message);
-            }
+            self.tell_lost(id, &ranges);
         }
         let told = |force: &PendingForce| ranges.iter().any(|range| range.intersects(&force.range));
         let waiting = self.forces.iter().position(told);

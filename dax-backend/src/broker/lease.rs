@@ -1,4 +1,5 @@
-//! Who holds which granule: the broker's table of capacity, without any I/O.
+//! Who holds which granule: the broker's table of capacity. Its only output is
+//! the ledger, in which each change is written down.
 //!
 //! One slot per granule of the window. Slots inside accepted extents go round
 //! `Dirty → Clean → (Warm) → Leased → Dirty`, and leave when the extent does;
@@ -9,6 +10,7 @@
 
 use thiserror::Error;
 
+use super::ledger::{Ledger, SlotEntry};
 use super::protocol::{GRANULE, WindowRange};
 use crate::address::{Dpa, DpaRange};
 use crate::extent::Extent;
@@ -131,26 +133,42 @@ pub(super) struct LeaseTable {
     pub(super) slots: Vec<Slot>,
     /// To be given to the device as soon as it is free; never leased again.
     pub(super) outgoing: Vec<bool>,
+    /// Outgoing because the device wants it, for as long as that takes.
+    pub(super) wanted: Vec<bool>,
     /// Made one huge page, and not wiped since in a way that undoes it.
     huge: Vec<bool>,
     pub(super) extents: Vec<ExtentSlots>,
     counts: Counts,
+    /// Where all of it is written down at once.
+    pub(super) ledger: Ledger,
 }
 
 impl LeaseTable {
-    /// A table for a window over `span`, without capacity. `block` is the
-    /// device's block size in bytes, a power of two.
-    pub(super) fn new(span: DpaRange, block: u64) -> Self {
+    /// A table for a window over `span`, as `ledger` has it and without
+    /// extents. `block` is the device's block size in bytes, a power of two.
+    pub(super) fn new(span: DpaRange, block: u64, ledger: Ledger) -> Self {
         let granules = (span.len / GRANULE) as usize;
-        Self {
+        let mut table = Self {
             base: span.start,
             block,
             slots: vec![Slot::Absent; granules],
             outgoing: vec![false; granules],
+            wanted: vec![false; granules],
             huge: vec![false; granules],
             extents: Vec::new(),
             counts: Counts::default(),
+            ledger,
+        };
+        for index in 0..granules {
+            let entry = table.ledger.slot(index);
+            if entry.slot != Slot::Absent {
+                table.outgoing[index] = entry.outgoing;
+                table.wanted[index] = entry.outgoing;
+                table.huge[index] = entry.huge;
+                table.set(index, entry.slot);
+            }
         }
+        table
     }
 
     /// Takes over the list of accepted extents. New granules are dirty unless
@@ -186,9 +204,10 @@ impl LeaseTable {
                     synced.gained += GRANULE;
                 }
                 (old, Slot::Absent) => {
-                    self.set(index, Slot::Absent);
                     self.outgoing[index] = false;
+                    self.wanted[index] = false;
                     self.huge[index] = false;
+                    self.set(index, Slot::Absent);
                     if let Slot::Leased(client) = old {
                         self.set(index, Slot::Lost(client));
                         let gone = range_of(index, 1);
@@ -243,25 +262,14 @@ impl LeaseTable {
         client: ClientId,
         range: WindowRange,
     ) -> Result<u64, LeaseError> {
-        let WindowRange { offset, len } = range;
-        if !offset.is_multiple_of(GRANULE) || !len.is_multiple_of(GRANULE) || len == 0 {
-            return Err(LeaseError::Misaligned { offset, len });
-        }
-        let first = (offset / GRANULE) as usize;
-        let Some(end) = offset
-            .checked_add(len)
-            .map(|end| (end / GRANULE) as usize)
-            .filter(|end| *end <= self.slots.len())
-        else {
-            return Err(LeaseError::Outside { offset, len });
-        };
+        let slots = self.slots_of(range)?;
         let held = [Slot::Leased(client), Slot::Lost(client)];
-        if let Some(other) = (first..end).find(|i| !held.contains(&self.slots[*i])) {
+        if let Some(other) = slots.clone().find(|i| !held.contains(&self.slots[*i])) {
             return Err(LeaseError::NotLeased {
                 offset: range_of(other, 1).offset,
             });
         }
-        Ok((first..end).map(|index| self.release_slot(index)).sum())
+        Ok(slots.map(|index| self.release_slot(index)).sum())
     }
 
     /// Ends all leases of `client`; returns their bytes.
@@ -326,8 +334,8 @@ impl LeaseTable {
     pub(super) fn broke(&mut self, offset: u64) {
         let index = (offset / GRANULE) as usize;
         if self.slots[index].is_free() {
-            self.set(index, Slot::Broken);
             self.huge[index] = false;
+            self.set(index, Slot::Broken);
         }
     }
 
@@ -382,6 +390,73 @@ impl LeaseTable {
         if let Some(count) = self.counts.of(slot) {
             *count += 1;
         }
+        self.write_down(index);
+    }
+
+    /// Writes down what slot `index` is, for a broker that comes after this one.
+    pub(super) fn write_down(&mut self, index: usize) {
+        let entry = SlotEntry {
+            slot: self.slots[index],
+            outgoing: self.wanted[index],
+            huge: self.huge[index],
+        };
+        self.ledger.set_slot(index, entry);
+    }
+
+    /// Ends the leases of `client` but for those in `claimed`, which it says
+    /// it has.
+    ///
+    /// # Errors
+    /// It claims what it does not hold; nothing has changed.
+    pub(super) fn settle_claims(
+        &mut self,
+        client: ClientId,
+        claimed: &[WindowRange],
+    ) -> Result<(), LeaseError> {
+        let held = [Slot::Leased(client), Slot::Lost(client)];
+        let mut keeps = vec![false; self.slots.len()];
+        for range in claimed {
+            for index in self.slots_of(*range)? {
+                if !held.contains(&self.slots[index]) {
+                    let offset = range_of(index, 1).offset;
+                    return Err(LeaseError::NotLeased { offset });
+                }
+                keeps[index] = true;
+            }
+        }
+        for index in 0..self.slots.len() {
+            if held.contains(&self.slots[index]) && !keeps[index] {
+                self.release_slot(index);
+            }
+        }
+        Ok(())
+    }
+
+    /// What `client` holds: bytes that are leased, and ranges that are lost.
+    pub(super) fn held(&self, client: ClientId) -> (u64, Vec<WindowRange>) {
+        let (mut leased, mut lost) = (0, Vec::new());
+        for (index, slot) in self.slots.iter().enumerate() {
+            if *slot == Slot::Leased(client) {
+                leased += GRANULE;
+            } else if *slot == Slot::Lost(client) {
+                push_merged(&mut lost, range_of(index, 1));
+            }
+        }
+        (leased, lost)
+    }
+
+    /// The slots of a range that came from a client.
+    fn slots_of(&self, range: WindowRange) -> Result<std::ops::Range<usize>, LeaseError> {
+        let WindowRange { offset, len } = range;
+        if !offset.is_multiple_of(GRANULE) || !len.is_multiple_of(GRANULE) || len == 0 {
+            return Err(LeaseError::Misaligned { offset, len });
+        }
+        let end = offset
+            .checked_add(len)
+            .map(|end| (end / GRANULE) as usize)
+            .filter(|end| *end <= self.slots.len());
+        let end = end.ok_or(LeaseError::Outside { offset, len })?;
+        Ok((offset / GRANULE) as usize..end)
     }
 
     /// Ends the lease of a slot; the bytes that were leased and not lost.

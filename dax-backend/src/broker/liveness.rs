@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::{Errno, pread, pwrite};
 
-use super::client_page::{ClientStats, PAGE_SIZE, PAGE_VERSION};
+use uuid::Uuid;
+
+use super::client_page::{ClientStats, KEY_OFFSET, PAGE_SIZE, PAGE_VERSION};
 
 /// The broker's side of one client page.
 #[derive(Debug)]
@@ -29,7 +31,21 @@ impl Liveness {
         // A client that shrank it would raise SIGBUS in its own forked children.
         fcntl_add_seals(&page, SealFlags::SHRINK | SealFlags::GROW)?;
         pwrite(&page, &PAGE_VERSION.to_ne_bytes(), 0)?;
+        let key = Uuid::new_v4().as_u128();
+        pwrite(&page, &key.to_ne_bytes(), KEY_OFFSET as u64)?;
         Ok(Self { page })
+    }
+
+    /// The page of a client that an earlier broker had.
+    pub(super) fn adopt(page: OwnedFd) -> Self {
+        Self { page }
+    }
+
+    /// The key in the page, as long as the client has not written over it.
+    pub(super) fn key(&self) -> u128 {
+        let mut key = [0; 16];
+        let _ = pread(&self.page, &mut key, KEY_OFFSET as u64);
+        u128::from_ne_bytes(key)
     }
 
     /// The page, to be sent to the client. The broker must never map it.

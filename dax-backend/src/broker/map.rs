@@ -103,6 +103,7 @@ fn most(table: &LeaseTable, cell: &[usize]) -> Option<((Slot, bool), usize)> {
 mod tests {
     use super::*;
     use crate::address::{Dpa, DpaRange};
+    use crate::broker::ledger::Ledger;
     use crate::extent::Extent;
 
     fn table(granules: u64) -> LeaseTable {
@@ -110,7 +111,7 @@ mod tests {
             start: Dpa(0),
             len: granules * GRANULE,
         };
-        let mut table = LeaseTable::new(range, GRANULE);
+        let mut table = LeaseTable::new(range, GRANULE, Ledger::new(granules as usize, 0).unwrap());
         table.sync(&[Extent::untagged(range)], |_| true);
         table
     }

@@ -13,6 +13,8 @@
 //!   orchestrator, so that nobody waits for either; `helper` is their queues.
 //! - `recall` asks for memory back, `handover` gives it to the device,
 //!   `refusal` says who kept what; `forced` is when nobody was asked.
+//! - [`store`] and `ledger` are what outlives this process, `rejoin` how clients
+//!   find back to the broker that comes after it.
 //! - `lease` and `outgoing` are the table of who holds which granule, without
 //!   any I/O; `liveness` says when a lease ends, `scrub` wipes what it leaves,
 //!   `warmer` has huge pages ready.
@@ -29,6 +31,7 @@ mod forced;
 mod handover;
 mod helper;
 mod lease;
+mod ledger;
 pub mod listener;
 mod liveness;
 pub mod map;
@@ -41,6 +44,7 @@ mod reason;
 mod recall;
 pub mod receipt;
 mod refusal;
+mod rejoin;
 mod report;
 mod scrub;
 pub mod server;
@@ -48,6 +52,7 @@ mod session;
 mod socket;
 pub mod status;
 mod stop;
+pub mod store;
 mod warmer;
 
 pub use client::{BrokerClient, ClientError, ConnectError, FromBroker, Welcome};
@@ -60,3 +65,4 @@ pub use scrub::Window;
 pub use server::{Admit, Broker, BrokerConfig};
 pub use socket::SocketError;
 pub use stop::Stop;
+pub use store::{Notice, Store, StoreSocket};

@@ -46,8 +46,9 @@ impl LeaseTable {
     }
 
     /// Marks every granule that `range` touches outgoing, leased or not; with
-    /// tagged capacity the whole tag. Returns what is marked now and was not before.
-    pub(super) fn mark_range(&mut self, range: &DpaRange) -> Vec<WindowRange> {
+    /// tagged capacity the whole tag; `wanted` by the device, or just now.
+    /// Returns what is marked now and was not before.
+    pub(super) fn mark_range(&mut self, range: &DpaRange, wanted: bool) -> Vec<WindowRange> {
         let mut touched = Vec::new();
         for extent in &self.extents {
             if !extent.extent.range.intersects(range) {
@@ -62,6 +63,9 @@ impl LeaseTable {
         }
         let mut marked = Vec::new();
         for index in touched {
+            if wanted && !std::mem::replace(&mut self.wanted[index], true) {
+                self.write_down(index);
+            }
             if !std::mem::replace(&mut self.outgoing[index], true) {
                 push_merged(&mut marked, range_of(index, 1));
             }
@@ -71,8 +75,11 @@ impl LeaseTable {
 
     /// Gives up on what is marked in `ranges`: it may be leased again.
     pub(super) fn unmark(&mut self, ranges: &[WindowRange]) {
-        for range in ranges {
-            self.outgoing[granules(*range)].fill(false);
+        for index in ranges.iter().flat_map(|range| granules(*range)) {
+            self.outgoing[index] = false;
+            if std::mem::take(&mut self.wanted[index]) {
+                self.write_down(index);
+            }
         }
     }
 

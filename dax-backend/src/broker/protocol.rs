@@ -30,6 +30,8 @@ pub const WELCOME_USERFAULTFD: u32 = 1 << 0;
 pub const GRANT_EXHAUSTED: u32 = 1 << 0;
 /// [`Kind::Grant`]: last message of the answer to one [`Kind::Lease`].
 pub const GRANT_LAST: u32 = 1 << 1;
+/// [`Kind::Held`]: the list ends here.
+pub const HELD_LAST: u32 = 1 << 0;
 /// [`Kind::Recall`]: the device has already taken the memory; there is nothing left to copy.
 /// Not answered; the client returns the ranges once nothing of it maps them, and until then
 /// nobody gets them, even if the device lends them anew.
@@ -41,7 +43,7 @@ pub const RECALL_PAST_DEADLINE: u32 = 1 << 1;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Kind {
-    /// arg0 role ([`Role`]), arg1/arg2 run id (high, low half; 0 if none).
+    /// arg0 role ([`Role`]), arg1/arg2 run id (high, low half; 0 if none), or what the role says.
     Hello = 0x01,
     /// arg0 bytes wanted. Answered by one or more grants, the last with [`GRANT_LAST`].
     Lease = 0x02,
@@ -56,6 +58,9 @@ pub enum Kind {
     /// id of the recall; arg0 bytes refused, arg1 reason ([`RefusalReason`]);
     /// ranges (optional): where. One for each reason.
     RecallRefused = 0x06,
+    /// ranges: what a client that rejoins still has; the last message of the
+    /// list, which may be empty, with [`HELD_LAST`].
+    Held = 0x07,
     /// arg0 window length, arg1 granule, arg2 client id, arg3 offset of the
     /// window in its file; ranges\[0\]: the DPA range it shows. Descriptors:
     /// window, client page, and `/dev/userfaultfd` if [`WELCOME_USERFAULTFD`].
@@ -84,6 +89,7 @@ impl Kind {
             0x04 => Self::RecallAnswer,
             0x05 => Self::AdminRequest,
             0x06 => Self::RecallRefused,
+            0x07 => Self::Held,
             0x81 => Self::Welcome,
             0x82 => Self::Refused,
             0x83 => Self::Grant,
@@ -104,6 +110,10 @@ pub enum Role {
     Client = 0,
     /// `dcm`: status, add, release.
     Admin = 1,
+    /// A client that lost its connection: id is its number, arg1/arg2 the key
+    /// in its page. Answered by a welcome without anything in it, or refused;
+    /// then [`Kind::Held`] follows, and is answered likewise.
+    Rejoin = 2,
 }
 
 /// Bytes of the window: offset and length.

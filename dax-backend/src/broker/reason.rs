@@ -21,6 +21,9 @@ pub enum RefusedCode {
     /// The broker ran out of descriptors or memory for another client.
     #[error("the broker has no room for another client")]
     Full = 4,
+    /// A client rejoins that this broker does not know, or that claims what it does not have.
+    #[error("the broker's records know no such client, or not with these leases")]
+    Leases = 5,
     /// A code of a later version.
     #[error("the broker gave a reason this version does not know")]
     Unknown = u64::MAX,
@@ -34,6 +37,7 @@ impl RefusedCode {
             2 => Self::User,
             3 => Self::Malformed,
             4 => Self::Full,
+            5 => Self::Leases,
             _ => Self::Unknown,
         }
     }

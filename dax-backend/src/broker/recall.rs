@@ -307,7 +307,8 @@ impl Broker {
         };
         if let Target::Ranges(ranges) = &recall.target {
             for range in ranges {
-                recall.marked.extend(self.table.mark_range(range));
+                let wanted = recall.receipt.origin == Origin::Device;
+                recall.marked.extend(self.table.mark_range(range, wanted));
                 self.stranded.extend(self.table.stranded(range));
             }
         }

@@ -19,6 +19,7 @@ use super::fabric::FabricThread;
 use super::forced::PendingForce;
 use super::handover::Leaving;
 use super::lease::{ClientId, LeaseTable, Synced};
+use super::ledger::Ledger;
 use super::listener::Listener;
 use super::protocol::GRANULE;
 use super::recall::Recalls;
@@ -27,6 +28,7 @@ use super::scrub::Window;
 use super::session::Client;
 use super::status::BrokerCounters;
 use super::stop::Stop;
+use super::store::Store;
 use super::warmer::Warmer;
 use crate::address::DpaRange;
 use crate::capacity::CapacityDevice;
@@ -40,6 +42,9 @@ const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_millis(250);
 /// How long nobody is accepted after descriptors ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// What the keeper calls the ledger.
+const LEDGER: &str = "ledger";
+
 /// Which users may take leases. Root and the broker's own user always may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admit {
@@ -95,7 +100,7 @@ pub struct Broker {
     pub(super) started: Instant,
     pub(super) device_error: Option<String>,
     pub(super) userfaultfd: Option<OwnedFd>,
-    pub(super) next_client: u32,
+    pub(super) store: Store,
     next_connection: u64,
     accept_after: Instant,
     warmer: Option<Warmer>,
@@ -115,6 +120,21 @@ impl Broker {
         window: Window,
         config: BrokerConfig,
     ) -> io::Result<Self> {
+        Self::with_store(device, orchestrator, window, config, Store::none())
+    }
+
+    /// As [`Self::new`], with what an earlier broker over the same device left
+    /// in `store`: its leases go on, and its clients find back.
+    ///
+    /// # Errors
+    /// No threads, descriptors or memory left.
+    pub fn with_store(
+        device: Box<dyn CapacityDevice>,
+        orchestrator: Option<Box<dyn Orchestrator>>,
+        window: Window,
+        config: BrokerConfig,
+        mut store: Store,
+    ) -> io::Result<Self> {
         let window = Arc::new(window);
         let device = DeviceThread::start(device, window.clone())?;
         let fabric = orchestrator.map(FabricThread::start).transpose()?;
@@ -124,7 +144,17 @@ impl Broker {
         let warmer = (config.warm_reserve > 0)
             .then(|| Warmer::start(window.mapping().clone()).ok())
             .flatten();
-        let table = LeaseTable::new(span, device.snapshot.block_size);
+        let slots = (span.len / GRANULE) as usize;
+        let earlier = store.take(LEDGER);
+        let ledger = match earlier.and_then(|fd| Ledger::open(fd, slots, span.start.0)) {
+            Some(ledger) => ledger,
+            None => {
+                let ledger = Ledger::new(slots, span.start.0)?;
+                store.keep(LEDGER, ledger.fd());
+                ledger
+            }
+        };
+        let table = LeaseTable::new(span, device.snapshot.block_size, ledger);
         let mut broker = Self {
             device,
             fabric,
@@ -150,13 +180,17 @@ impl Broker {
                 Mode::empty(),
             )
             .ok(),
-            next_client: 1,
+            store,
             next_connection: 1,
             accept_after: now,
             warmer,
             warming: true,
         };
-        broker.sync_capacity();
+        broker.adopt_clients(now);
+        let lost = broker.sync_capacity().lost;
+        if !lost.is_empty() {
+            broker.taken_by_force(&[], &lost, now);
+        }
         Ok(broker)
     }
 

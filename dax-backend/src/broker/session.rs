@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::connection::{ConnectionId, Phase};
 use super::lease::ClientId;
+use super::ledger::ClientRecord;
 use super::liveness::{Liveness, Probe};
 use super::peer::{Peer, peer_pidfd};
 use super::protocol::{
@@ -32,18 +33,43 @@ pub(super) struct Client {
     pub(super) starving: bool,
     pub(super) leased: u64,
     pub(super) recalls: u64,
+    /// What it proves itself with.
+    pub(super) key: u128,
     run: Option<Uuid>,
     command: String,
     liveness: Liveness,
-    pidfd: Option<OwnedFd>,
-    probe: Option<Probe>,
+    pub(super) pidfd: Option<OwnedFd>,
+    pub(super) probe: Option<Probe>,
     /// Bytes still to be granted, for each request.
     requests: VecDeque<u64>,
-    leased_peak: u64,
+    /// What it says it has, while it rejoins.
+    pub(super) claims: Vec<WindowRange>,
+    pub(super) leased_peak: u64,
     leases: u64,
 }
 
 impl Client {
+    /// One that is on record, and not connected.
+    pub(super) fn known(record: ClientRecord, liveness: Liveness) -> Self {
+        Self {
+            connection: None,
+            peer: record.peer,
+            key: record.key,
+            starving: false,
+            leased: 0,
+            recalls: 0,
+            run: record.run,
+            command: record.command,
+            liveness,
+            pidfd: None,
+            probe: None,
+            requests: VecDeque::new(),
+            claims: Vec::new(),
+            leased_peak: 0,
+            leases: 0,
+        }
+    }
+
     /// Readable when the process is dead.
     pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
         self.pidfd.as_ref().map(AsFd::as_fd)
@@ -111,6 +137,7 @@ impl Broker {
         };
         match (connection.phase, message.kind()) {
             (Phase::New { .. }, Some(Kind::Hello)) => self.hello(id, message, now),
+            (Phase::Rejoining(client), Some(Kind::Held)) => self.held(id, client, message, now),
             (Phase::Client(client), Some(Kind::Lease)) => {
                 self.lease_requested(client, message);
             }
@@ -157,35 +184,59 @@ impl Broker {
             Some(RefusedCode::Version)
         } else if message.arg(0) == Role::Admin as u64 {
             (!owner).then_some(RefusedCode::User)
+        } else if message.arg(0) == Role::Rejoin as u64 {
+            self.rejoin(id, message, now).err()
         } else if message.arg(0) != Role::Client as u64 {
             Some(RefusedCode::Malformed)
         } else {
             (!admitted).then_some(RefusedCode::User)
         };
         if let Some(code) = refused {
-            tracing::warn!(pid = peer.pid, uid = peer.uid, reason = ?code, "connection refused");
-            let _ = connection.send(refusal(code));
-            self.counters.refused += 1;
-            self.close(id, now);
+            self.refuse(id, code, now);
+        } else if message.arg(0) == Role::Rejoin as u64 {
+            self.post(Some(id), Message::new(Kind::Welcome));
         } else if message.arg(0) == Role::Admin as u64 {
-            connection.phase = Phase::Admin;
-            if connection.send(Message::new(Kind::Welcome)).is_err() {
+            let welcomed = self.connections.get_mut(&id).is_some_and(|connection| {
+                connection.phase = Phase::Admin;
+                connection.send(Message::new(Kind::Welcome)).is_ok()
+            });
+            if !welcomed {
                 self.close(id, now);
             }
         } else if let Err(code) = self.welcome(id, run) {
-            tracing::warn!(pid = peer.pid, uid = peer.uid, reason = ?code, "connection refused");
-            if let Some(connection) = self.connections.get_mut(&id) {
-                let _ = connection.send(refusal(code));
-            }
-            self.counters.refused += 1;
-            self.close(id, now);
+            self.refuse(id, code, now);
         }
+    }
+
+    /// Turns a connection away.
+    pub(super) fn refuse(&mut self, id: ConnectionId, code: RefusedCode, now: Instant) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            let Peer { pid, uid, .. } = connection.peer;
+            tracing::warn!(pid, uid, reason = ?code, "connection refused");
+            let _ = connection.send(refusal(code));
+        }
+        self.counters.refused += 1;
+        self.close(id, now);
     }
 
     fn welcome(&mut self, id: ConnectionId, run: Option<Uuid>) -> Result<(), RefusedCode> {
         let liveness = Liveness::new().map_err(|_| RefusedCode::Full)?;
-        let client = ClientId(self.next_client);
+        let client = self.table.ledger.next_client();
         let span = self.device.span();
+        let peer = self.connections.get(&id).ok_or(RefusedCode::Full)?.peer;
+        let record = ClientRecord {
+            id: client,
+            peer,
+            run,
+            command: command_of(peer.pid),
+            key: liveness.key(),
+        };
+        // All that a broker after this one needs, before the client has anything.
+        self.store.keep(&page_name(client), liveness.page());
+        if !self.table.ledger.add_client(&record) {
+            self.store.forget(&page_name(client));
+            return Err(RefusedCode::Full);
+        }
         let connection = self.connections.get_mut(&id).ok_or(RefusedCode::Full)?;
         let mut fds = vec![self.window.fd(), liveness.page()];
         let mut flags = 0;
@@ -203,41 +254,26 @@ impl Broker {
                 offset: span.start.0,
                 len: span.len,
             }]);
-        connection
-            .send_fds(&message, &fds)
-            .map_err(|_| RefusedCode::Full)?;
+        if connection.send_fds(&message, &fds).is_err() {
+            self.table.ledger.remove_client(client);
+            self.store.forget(&page_name(client));
+            return Err(RefusedCode::Full);
+        }
         connection.phase = Phase::Client(client);
-        let peer = connection.peer;
         let pidfd = peer_pidfd(connection.fd());
-        self.next_client += 1;
         self.counters.clients += 1;
-        let command = command_of(peer.pid);
         tracing::info!(
             client = client.0,
             pid = peer.pid,
             uid = peer.uid,
-            command,
+            command = record.command,
             run = run.map(tracing::field::display),
             "client connected"
         );
-        self.clients.insert(
-            client,
-            Client {
-                connection: Some(id),
-                peer,
-                starving: false,
-                leased: 0,
-                recalls: 0,
-                run,
-                command,
-                liveness,
-                pidfd,
-                probe: None,
-                requests: VecDeque::new(),
-                leased_peak: 0,
-                leases: 0,
-            },
-        );
+        let mut welcomed = Client::known(record, liveness);
+        welcomed.connection = Some(id);
+        welcomed.pidfd = pidfd;
+        self.clients.insert(client, welcomed);
         Ok(())
     }
 
@@ -367,7 +403,7 @@ impl Broker {
         let Some(connection) = self.connections.remove(&id) else {
             return;
         };
-        if let Phase::Client(client_id) = connection.phase
+        if let Phase::Client(client_id) | Phase::Rejoining(client_id) = connection.phase
             && let Some(client) = self.clients.get_mut(&client_id)
         {
             tracing::debug!(
@@ -376,6 +412,7 @@ impl Broker {
                 "connection closed"
             );
             client.connection = None;
+            client.claims.clear();
             client.requests.clear();
             client.starving = false;
             client.probe.get_or_insert(Probe::start(now));
@@ -410,6 +447,8 @@ impl Broker {
                 "client ended"
             );
             self.counters.returned_bytes += returned;
+            self.table.ledger.remove_client(id);
+            self.store.forget(&page_name(id));
             self.counters.clients_ended += 1;
             client.leased = 0;
             if let Some(connection) = client.connection.take() {
@@ -424,6 +463,11 @@ impl Broker {
             self.recall_unanswerable(id, now);
         }
     }
+}
+
+/// What the keeper calls the page of a client.
+pub(super) fn page_name(client: ClientId) -> String {
+    format!("page-{}", client.0)
 }
 
 fn refusal(code: RefusedCode) -> Message {

@@ -271,6 +271,12 @@ impl RunTotal {
 pub struct BrokerCounters {
     /// Clients that were welcomed.
     pub clients: u64,
+    /// Clients taken over from a broker that died.
+    #[serde(default)]
+    pub clients_adopted: u64,
+    /// Clients that came back after their connection broke.
+    #[serde(default)]
+    pub rejoined: u64,
     /// Clients whose leases have ended.
     pub clients_ended: u64,
     /// Connections turned away.

@@ -6,4 +6,5 @@ mod leases;
 mod process;
 mod recalls;
 mod receipts;
+mod restart;
 mod rig;

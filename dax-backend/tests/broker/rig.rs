@@ -1,7 +1,9 @@
 //! A broker on a thread, over a software device, and clients for it.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -15,8 +17,8 @@ use dax_backend::broker::admin::{
 use dax_backend::broker::receipt::{DpaSpan, HexDpa};
 use dax_backend::broker::status::Status;
 use dax_backend::broker::{
-    Admit, Broker, BrokerClient, BrokerConfig, FromBroker, GRANULE, Listener, Ranges, Receipt,
-    Stop, Welcome, Window, WindowRange,
+    Admit, Broker, BrokerClient, BrokerConfig, FromBroker, GRANULE, Listener, Notice, Ranges,
+    Receipt, Stop, Store, StoreSocket, Welcome, Window, WindowRange,
 };
 use dax_backend::capacity::CapacityDevice;
 use dax_backend::device::{DcDevice, DeviceConfig};
@@ -52,7 +54,48 @@ pub(crate) struct Rig {
     pub(crate) path: PathBuf,
     stop: Stop,
     thread: Option<JoinHandle<()>>,
+    keeper: Keeper,
     _directory: tempfile::TempDir,
+}
+
+/// Holds what the broker wants to outlive it.
+struct Keeper {
+    socket: StoreSocket,
+    kept: BTreeMap<String, OwnedFd>,
+}
+
+impl Keeper {
+    /// For a broker that gets `kept` from an earlier one.
+    fn new(kept: BTreeMap<String, OwnedFd>) -> (Self, Store) {
+        let (socket, broker) = StoreSocket::pair().unwrap();
+        for (name, fd) in &kept {
+            socket.keep(name, fd.as_fd()).unwrap();
+        }
+        socket.ready().unwrap();
+        (Self { socket, kept }, Store::receive(broker).unwrap())
+    }
+
+    /// What is kept when the broker is gone.
+    fn kept(&mut self) -> BTreeMap<String, OwnedFd> {
+        while let Some(notice) = self.socket.receive().unwrap() {
+            match notice {
+                Notice::Keep(name, fd) => drop(self.kept.insert(name, fd)),
+                Notice::Forget(name) => drop(self.kept.remove(&name)),
+                _ => {}
+            }
+        }
+        std::mem::take(&mut self.kept)
+    }
+}
+
+fn serve(path: &std::path::Path, mut broker: Broker) -> (Stop, JoinHandle<()>) {
+    let listener = Listener::bind(path, true).unwrap();
+    let stop = Stop::new().unwrap();
+    let thread = {
+        let stop = stop.clone();
+        thread::spawn(move || broker.serve(&listener, &stop).unwrap())
+    };
+    (stop, thread)
 }
 
 impl Rig {
@@ -72,20 +115,32 @@ impl Rig {
         let directory = tempfile::tempdir().unwrap();
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let path = directory.path().join("broker.sock");
-        let listener = Listener::bind(&path, true).unwrap();
-        let stop = Stop::new().unwrap();
-        let mut broker = broker_over(&model, &setup);
-        let thread = {
-            let stop = stop.clone();
-            thread::spawn(move || broker.serve(&listener, &stop).unwrap())
-        };
+        let (keeper, store) = Keeper::new(BTreeMap::new());
+        let (stop, thread) = serve(&path, broker_over(&model, &setup, store));
         Self {
             model,
             path,
             stop,
             thread: Some(thread),
+            keeper,
             _directory: directory,
         }
+    }
+
+    /// Ends the broker, lets `meanwhile` happen and starts another one over
+    /// what the first one left.
+    pub(crate) fn restart(&mut self, meanwhile: impl FnOnce(&SoftwareDevice)) {
+        self.stop();
+        meanwhile(&self.model);
+        let (keeper, store) = Keeper::new(self.keeper.kept());
+        let setup = Setup {
+            offer: &[],
+            ..Setup::default()
+        };
+        let (stop, thread) = serve(&self.path, broker_over(&self.model, &setup, store));
+        self.keeper = keeper;
+        self.stop = stop;
+        self.thread = Some(thread);
     }
 
     pub(crate) fn socket(&self) -> CString {
@@ -180,7 +235,7 @@ impl Drop for Rig {
     }
 }
 
-fn broker_over(model: &SoftwareDevice, setup: &Setup) -> Broker {
+fn broker_over(model: &SoftwareDevice, setup: &Setup, store: Store) -> Broker {
     let mut device = DcDevice::open(model.mmio(), DeviceConfig::default()).unwrap();
     let mut fabric = model.fabric();
     if !setup.offer.is_empty() {
@@ -201,7 +256,7 @@ fn broker_over(model: &SoftwareDevice, setup: &Setup) -> Broker {
         true => Some(Box::new(fabric)),
         false => None,
     };
-    Broker::new(Box::new(device), orchestrator, window, config).unwrap()
+    Broker::with_store(Box::new(device), orchestrator, window, config, store).unwrap()
 }
 
 /// A client that does what the test tells it.

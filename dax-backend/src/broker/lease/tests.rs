@@ -25,7 +25,7 @@ fn table(extents: &[Extent]) -> LeaseTable {
         start: Dpa(BASE),
         len: 64 * GRANULE,
     };
-    let mut table = LeaseTable::new(span, GRANULE);
+    let mut table = LeaseTable::new(span, GRANULE, Ledger::new(64, BASE).unwrap());
     table.sync(extents, |_| true);
     table
 }
@@ -145,7 +145,7 @@ fn what_is_broken_goes_to_nobody_but_the_device() {
     assert_eq!(granules_of(&table.grant(A, 2 * GRANULE)), [1]);
     table.give_back(A, range_of(1, 1)).unwrap();
     assert_eq!(table.mark_free(2 * GRANULE), GRANULE);
-    table.mark_range(&extent(0, 2).range);
+    table.mark_range(&extent(0, 2).range, false);
     assert_eq!(granules_of(&table.releasable()[0].1), [0, 1]);
     table.sync(&[], |_| true);
     table.sync(&[extent(0, 2)], |_| true);
@@ -182,7 +182,7 @@ fn a_tag_goes_back_whole_or_not_at_all() {
     let mut table = table(&[tagged(0, 2, 7), tagged(4, 2, 7)]);
     assert_eq!(table.mark_free(2 * GRANULE), 0);
     table.grant(A, GRANULE);
-    assert_eq!(table.mark_range(&extent(4, 1).range).len(), 2);
+    assert_eq!(table.mark_range(&extent(4, 1).range, false).len(), 2);
     assert_eq!(table.releasable(), []);
     assert_eq!(table.marked_leases(), [(A, range_of(0, 1))]);
     table.give_back(A, range_of(0, 1)).unwrap();
@@ -196,7 +196,7 @@ fn large_blocks_go_back_whole() {
         start: Dpa(BASE),
         len: 64 * GRANULE,
     };
-    let mut table = LeaseTable::new(span, 4 * GRANULE);
+    let mut table = LeaseTable::new(span, 4 * GRANULE, Ledger::new(64, BASE).unwrap());
     table.sync(&[extent(0, 8)], |_| true);
     table.grant(A, 5 * GRANULE);
     table.give_back(A, range_of(0, 3)).unwrap();
@@ -204,6 +204,54 @@ fn large_blocks_go_back_whole() {
     table.give_back(A, range_of(3, 1)).unwrap();
     assert_eq!(table.mark_free(GRANULE), 4 * GRANULE);
     assert_eq!(granules_of(&table.releasable()[0].1), [0, 1, 2, 3]);
+}
+
+#[test]
+fn a_client_keeps_what_it_claims_and_claims_only_what_it_has() {
+    let mut table = table(&[extent(0, 8)]);
+    table.grant(A, 4 * GRANULE);
+    table.grant(B, 2 * GRANULE);
+    let lie = LeaseError::NotLeased {
+        offset: 4 * GRANULE,
+    };
+    assert_eq!(table.settle_claims(A, &[range_of(2, 3)]), Err(lie));
+    assert_eq!(table.held(A).0, 4 * GRANULE);
+    assert_eq!(
+        table.settle_claims(A, &[range_of(1, 1), range_of(3, 1)]),
+        Ok(())
+    );
+    assert_eq!(
+        (table.held(A).0, table.held(B).0),
+        (2 * GRANULE, 2 * GRANULE)
+    );
+    assert_eq!(table.counts().dirty, 2);
+}
+
+#[test]
+fn a_new_table_goes_on_where_the_ledger_ends() {
+    let mut old = table(&[extent(0, 8)]);
+    old.warmed(GRANULE);
+    old.grant(A, 3 * GRANULE);
+    old.grant(B, GRANULE);
+    old.mark_range(&extent(0, 1).range, true);
+    old.mark_range(&extent(2, 1).range, false);
+    old.mark_range(&extent(7, 1).range, true);
+    old.leave(&[range_of(7, 1)]);
+    let file = old.ledger.fd().try_clone_to_owned().unwrap();
+    let span = DpaRange {
+        start: Dpa(BASE),
+        len: 64 * GRANULE,
+    };
+    let ledger = Ledger::open(file, 64, BASE).unwrap();
+    let mut new = LeaseTable::new(span, GRANULE, ledger);
+    // The device has taken granule 3 meanwhile, and not granule 7.
+    let lost = new.sync(&[extent(0, 3), extent(4, 4)], |_| true).lost;
+    assert_eq!(lost, [(B, range_of(3, 1))]);
+    assert_eq!(new.held(A), (3 * GRANULE, Vec::new()));
+    let marked: Vec<usize> = (0..8).filter(|i| new.outgoing[*i]).collect();
+    assert_eq!(marked, [0, 7]);
+    assert_eq!(granules_of(&new.releasable()[0].1), [7]);
+    assert_eq!(granules_of(&new.grant(B, 8 * GRANULE)), [4, 5, 6]);
 }
 
 proptest::proptest! {
@@ -235,6 +283,11 @@ proptest::proptest! {
                 }
             }
             proptest::prop_assert_eq!(counts, table.counts());
+            for index in 0..table.slots.len() {
+                let written = table.ledger.slot(index);
+                proptest::prop_assert_eq!(written.slot, table.slots[index]);
+                proptest::prop_assert_eq!(written.huge, table.huge[index]);
+            }
             for extent in &table.extents {
                 let leased = extent.slots().filter(|i| matches!(table.slots[*i], Slot::Leased(_)));
                 proptest::prop_assert_eq!(leased.count(), extent.leased);
