@@ -2,7 +2,7 @@
 
 use core::ops::Range;
 
-use super::granule::{Backing, GRANULE, Granule, PAGE, PAGES_PER_GRANULE, Tier};
+use super::granule::{Backing, Domain, GRANULE, Granule, PAGE, PAGES_PER_GRANULE, Tier};
 use super::map;
 use super::table::State;
 
@@ -10,16 +10,19 @@ impl State {
     /// Puts memory behind those of a run of granules that are bare. `false`:
     /// nothing lent is left and DRAM won't do, or the kernel has none; what
     /// was bare is bare again, or idle.
-    pub(super) fn back_run(&mut self, run: Range<usize>, tier: Tier, dram: bool) -> bool {
+    pub(super) fn back_run(&mut self, run: Range<usize>, domain: Domain, dram: bool) -> bool {
+        let tier = domain.tier;
         let mut index = run.start;
         while index < run.end {
             if self.granule(index).backing != Backing::None {
                 index += 1;
                 continue;
             }
-            let by_choice = self.interleaves(tier);
+            let by_choice = self.interleaves(domain);
             let lent = tier == Tier::Extent && !by_choice && !self.extents_closed;
-            if lent && (self.back_with_lent(index) || self.back_with_idle(index, &run)) {
+            if lent
+                && (self.back_with_lent(index, domain) || self.back_with_idle(index, domain, &run))
+            {
                 index += 1;
                 continue;
             }
@@ -30,7 +33,7 @@ impl State {
                 false => (index..run.end).take_while(bare).count(),
             };
             let allowed = tier == Tier::Dram || by_choice || dram;
-            if !allowed || !self.back_with_dram(index..index + count, tier, by_choice) {
+            if !allowed || !self.back_with_dram(index..index + count, domain, by_choice) {
                 self.unback_unused(run.start..index);
                 return false;
             }
@@ -39,9 +42,9 @@ impl State {
         true
     }
 
-    /// Whether the next granule of a tier is DRAM by choice.
-    fn interleaves(&mut self, tier: Tier) -> bool {
-        if tier == Tier::Dram || self.dram_every == 0 {
+    /// Whether the next granule of a domain is DRAM by choice.
+    fn interleaves(&mut self, domain: Domain) -> bool {
+        if domain != Tier::Extent.into() || self.dram_every == 0 {
             return false;
         }
         self.interleaved = self.interleaved.wrapping_add(1);
@@ -51,7 +54,7 @@ impl State {
     /// `false`: nothing lent is left, or the window can't be mapped here
     /// (`RLIMIT_AS` counts the duplicate before it takes the place of the
     /// reservation; DRAM still can).
-    fn back_with_lent(&mut self, index: usize) -> bool {
+    fn back_with_lent(&mut self, index: usize, domain: Domain) -> bool {
         let Some(offset) = self.pool.take() else {
             return false;
         };
@@ -62,13 +65,13 @@ impl State {
             self.pool.put(offset);
             return false;
         }
-        self.now_backed(index, Backing::Extent(offset), Tier::Extent, false);
+        self.now_backed(index, Backing::Extent(offset), domain, false);
         true
     }
 
     /// Gives a bare granule the extent of an idle one outside of `run`, for
     /// runs that need more neighbours than are idle side by side.
-    fn back_with_idle(&mut self, index: usize, run: &Range<usize>) -> bool {
+    fn back_with_idle(&mut self, index: usize, domain: Domain, run: &Range<usize>) -> bool {
         let idle = |&i: &usize| !run.contains(&i) && self.granule(i).is_idle();
         let Some(from) = (0..self.high).rev().find(idle) else {
             return false;
@@ -83,7 +86,7 @@ impl State {
         if unsafe { map::back_with_window(at, alias, GRANULE) }.is_err() {
             return false;
         }
-        self.now_backed(index, backing, Tier::Extent, false);
+        self.now_backed(index, backing, domain, false);
         self.granule_mut(index).dirty = dirty;
         // SAFETY: nothing in it is live. Should the kernel have no memory for
         // the change, the old mapping stays behind a bare granule, unused.
@@ -93,7 +96,7 @@ impl State {
         true
     }
 
-    fn back_with_dram(&mut self, run: Range<usize>, tier: Tier, by_choice: bool) -> bool {
+    fn back_with_dram(&mut self, run: Range<usize>, domain: Domain, by_choice: bool) -> bool {
         let len = run.len() * GRANULE;
         // SAFETY: bare granules of this space.
         if unsafe { map::back_with_dram(self.addr(run.start), len) }.is_err() {
@@ -101,16 +104,17 @@ impl State {
         }
         self.usage.dram_held += len as u64;
         for index in run {
-            self.now_backed(index, Backing::Dram, tier, by_choice);
+            self.now_backed(index, Backing::Dram, domain, by_choice);
         }
         true
     }
 
-    fn now_backed(&mut self, index: usize, backing: Backing, tier: Tier, by_choice: bool) {
+    fn now_backed(&mut self, index: usize, backing: Backing, domain: Domain, by_choice: bool) {
         let idle_since = self.tick;
         *self.granule_mut(index) = Granule {
             backing,
-            tier,
+            tier: domain.tier,
+            owner: domain.owner,
             by_choice,
             idle_since,
             ..Granule::NEW

@@ -36,8 +36,68 @@ pub enum Tier {
     Extent = 1,
 }
 
-/// How many tiers there are.
-pub(super) const TIERS: usize = 2;
+/// Whose pages they are: the heap's own, or those of one arena of the program.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Owner(u16);
+
+impl Owner {
+    /// The heap: everything that asks for no arena.
+    pub const HEAP: Self = Self(0);
+
+    /// The arena in slot `slot` of the heap's table.
+    pub const fn arena(slot: u16) -> Self {
+        Self(slot + 1)
+    }
+
+    /// The slot of the arena; `None`: the heap.
+    pub fn slot(self) -> Option<usize> {
+        self.0.checked_sub(1).map(usize::from)
+    }
+
+    /// For a table in which 0 means nobody.
+    pub(super) fn to_entry(self) -> u16 {
+        self.0 + 1
+    }
+
+    /// The inverse of [`Owner::to_entry`].
+    pub(super) fn from_entry(entry: u16) -> Option<Self> {
+        entry.checked_sub(1).map(Self)
+    }
+}
+
+/// Who asks for pages, and for which memory. Granules of different domains are
+/// never shared, so that what happens to an arena's granules happens to no
+/// other's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Domain {
+    /// Which memory.
+    pub tier: Tier,
+    /// Whose.
+    pub owner: Owner,
+}
+
+impl Domain {
+    /// Which index of free runs its granules are in: one for each tier of the
+    /// heap, one for all arenas.
+    pub(super) fn shelf(self) -> usize {
+        match self.owner {
+            Owner::HEAP => self.tier as usize,
+            _ => SHELVES - 1,
+        }
+    }
+}
+
+impl From<Tier> for Domain {
+    fn from(tier: Tier) -> Self {
+        Self {
+            tier,
+            owner: Owner::HEAP,
+        }
+    }
+}
+
+/// How many indexes of free runs there are.
+pub(super) const SHELVES: usize = 3;
 
 /// One entry of the granule table, which lives in DRAM.
 #[derive(Clone, Copy)]
@@ -48,6 +108,7 @@ pub(super) struct Granule {
     pub(super) dirty: PageMap,
     pub(super) backing: Backing,
     pub(super) tier: Tier,
+    pub(super) owner: Owner,
     /// A rebind is under way: no page of it is handed out meanwhile.
     pub(super) in_flight: bool,
     /// Why it could not be moved; not tried again before the next recall.
@@ -64,11 +125,20 @@ impl Granule {
         dirty: PageMap::EMPTY,
         backing: Backing::None,
         tier: Tier::Dram,
+        owner: Owner::HEAP,
         in_flight: false,
         refused: None,
         by_choice: false,
         idle_since: 0,
     };
+
+    /// Whom it may serve.
+    pub(super) fn domain(&self) -> Domain {
+        Domain {
+            tier: self.tier,
+            owner: self.owner,
+        }
+    }
 
     /// Backed by an extent, and nothing of it is in use.
     pub(super) fn is_idle(&self) -> bool {

@@ -23,10 +23,12 @@ mod pool;
 pub mod rebind;
 mod table;
 
-use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use core::sync::atomic::{
+    AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering,
+};
 use rustix::io::Errno;
 
-pub use granule::{Backing, GRANULE, PAGE, PAGES_PER_GRANULE, Tier};
+pub use granule::{Backing, Domain, GRANULE, Owner, PAGE, PAGES_PER_GRANULE, Tier};
 pub use map::keep_private;
 pub use moving::{Ended, Leaving, Move};
 pub use pagemap::PageMap;
@@ -115,6 +117,10 @@ pub struct Space {
     dram_when_exhausted: AtomicBool,
     /// Whether unused granules are short: `FINE`, `SHORT` or `TOLD`.
     low: AtomicU8,
+    /// For [`Space::owner_of`], written once.
+    owners: AtomicPtr<AtomicU16>,
+    base: AtomicUsize,
+    granules: AtomicUsize,
 }
 
 /// A run of pages for the engine.
@@ -141,6 +147,9 @@ impl Space {
             refusals: AtomicU32::new(0),
             dram_when_exhausted: AtomicBool::new(true),
             low: AtomicU8::new(FINE),
+            owners: AtomicPtr::new(core::ptr::null_mut()),
+            base: AtomicUsize::new(0),
+            granules: AtomicUsize::new(0),
         }
     }
 
@@ -166,6 +175,10 @@ impl Space {
         let table = map::table(State::table_bytes(granules))?;
         // SAFETY: new addresses and a new table of the size asked for.
         unsafe { state.open(base, granules, table) };
+        let (owners, base) = state.owners();
+        self.owners.store(owners.cast_mut(), Ordering::Relaxed);
+        self.base.store(base, Ordering::Relaxed);
+        self.granules.store(granules, Ordering::Release);
         Ok(())
     }
 
@@ -228,6 +241,21 @@ impl Space {
         state.spans(addr)
     }
 
+    /// Whose pages `addr` lies in, without a lock. `None`: outside the space,
+    /// or nothing is there.
+    #[inline]
+    pub fn owner_of(&self, addr: usize) -> Option<Owner> {
+        let granules = self.granules.load(Ordering::Acquire);
+        let index = addr.wrapping_sub(self.base.load(Ordering::Relaxed)) / GRANULE;
+        if index >= granules {
+            return None;
+        }
+        // SAFETY: `open` stored a table of `granules` entries before it stored
+        // how many, and it stays.
+        let entry = unsafe { &*self.owners.load(Ordering::Relaxed).add(index) };
+        Owner::from_entry(entry.load(Ordering::Relaxed))
+    }
+
     /// What backs the granule that `addr` lies in.
     pub fn backing_of(&self, addr: usize) -> Option<Backing> {
         let state = self.state.lock();
@@ -241,9 +269,16 @@ impl Space {
 
     /// A run of `len` bytes, aligned to `align`; both multiples of a page,
     /// `align` a power of two. `dram`: where no lent granule is unused, DRAM
-    /// will do, if the policy allows it. Never waits: `None` if no lent granule is left,
+    /// will do, if the heap's policy allows it (an arena has its own). Never waits: `None` if no lent granule is left,
     /// the addresses are used up, or the kernel refused a mapping.
-    pub fn alloc(&self, tier: Tier, len: usize, align: usize, dram: bool) -> Option<Run> {
+    pub fn alloc(
+        &self,
+        domain: impl Into<Domain>,
+        len: usize,
+        align: usize,
+        dram: bool,
+    ) -> Option<Run> {
+        let domain = domain.into();
         let pages = len.checked_next_multiple_of(PAGE)? / PAGE;
         let mut state = self.state.lock();
         if state.granules == 0 || pages == 0 {
@@ -251,13 +286,15 @@ impl Space {
         }
         if pages < PAGES_PER_GRANULE
             && align <= GRANULE
-            && let Some(run) = state.alloc_within(tier, pages, align / PAGE)
+            && let Some(run) = state.alloc_within(domain, pages, align / PAGE)
         {
             return Some(run);
         }
-        let dram_allowed =
-            state.extents_closed || dram && self.dram_when_exhausted.load(Ordering::Relaxed);
-        let run = state.alloc_across(tier, pages, align / PAGE, dram_allowed);
+        let dram_allowed = state.extents_closed
+            || dram
+                && (domain.owner != Owner::HEAP
+                    || self.dram_when_exhausted.load(Ordering::Relaxed));
+        let run = state.alloc_across(domain, pages, align / PAGE, dram_allowed);
         if state.short_of() > 0 {
             let _ = self
                 .low
@@ -267,12 +304,14 @@ impl Space {
     }
 
     /// As [`Space::alloc`], but only inside one granule that is backed already.
-    pub fn alloc_in_use(&self, tier: Tier, len: usize, align: usize) -> Option<Run> {
+    pub fn alloc_in_use(&self, domain: impl Into<Domain>, len: usize, align: usize) -> Option<Run> {
         let pages = len.checked_next_multiple_of(PAGE)? / PAGE;
         if !(1..PAGES_PER_GRANULE).contains(&pages) || align > GRANULE {
             return None;
         }
-        self.state.lock().alloc_within(tier, pages, align / PAGE)
+        self.state
+            .lock()
+            .alloc_within(domain.into(), pages, align / PAGE)
     }
 
     /// Whether the reserved addresses could hold `granules` at all.
@@ -282,7 +321,8 @@ impl Space {
 
     /// The run of `len` bytes at exactly `addr`, so that what ends there can
     /// grow in place. `None`: some page of it is in use, or not backed.
-    pub fn alloc_at(&self, tier: Tier, addr: usize, len: usize) -> Option<Run> {
+    pub fn alloc_at(&self, domain: impl Into<Domain>, addr: usize, len: usize) -> Option<Run> {
+        let domain = domain.into();
         let mut state = self.state.lock();
         let pieces = |mut at: usize| {
             core::iter::from_fn(move || {
@@ -295,8 +335,9 @@ impl Space {
         for (at, start, pages) in pieces(addr) {
             let index = state.index(at)?;
             let granule = state.granule(index);
-            let usable =
-                granule.tier == tier && granule.backing != Backing::None && !granule.in_flight;
+            let usable = granule.domain() == domain
+                && granule.backing != Backing::None
+                && !granule.in_flight;
             if !usable || state.is_closed(index) || granule.live.intersects(start, pages) {
                 return None;
             }

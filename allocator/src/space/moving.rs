@@ -4,7 +4,7 @@
 //! when it was picked is all that can hold something; what is freed meanwhile
 //! is copied for nothing, and booked out as ever.
 
-use super::granule::{Backing, GRANULE, PAGE, Tier};
+use super::granule::{Backing, GRANULE, Owner, PAGE, Tier};
 use super::pagemap::PageMap;
 use super::pool::wants;
 use super::rebind::{LivePages, Memory, RUN, Step};
@@ -224,8 +224,10 @@ impl Space {
     pub fn settle(&self) {
         let mut state = self.state.lock();
         for index in 0..state.high {
-            state.granule_mut(index).tier = Tier::Dram;
-            state.set_gap(index);
+            if state.granule(index).owner == Owner::HEAP {
+                state.granule_mut(index).tier = Tier::Dram;
+                state.set_gap(index);
+            }
         }
     }
 }

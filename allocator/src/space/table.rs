@@ -1,6 +1,10 @@
 //! The granule table and the search for free pages in it.
 
-use super::granule::{Backing, GRANULE, Granule, PAGE, PAGES_PER_GRANULE, TIERS, Tier};
+use core::sync::atomic::{AtomicU16, Ordering};
+
+use super::granule::{
+    Backing, Domain, GRANULE, Granule, Owner, PAGE, PAGES_PER_GRANULE, SHELVES, Tier,
+};
 use super::pool::Pool;
 use super::{Run, Usage};
 
@@ -15,11 +19,13 @@ pub(super) struct State {
     /// Entries of the table.
     pub(super) granules: usize,
     table: *mut Granule,
-    /// Longest free run of each granule, by tier; 0: none, or another tier's.
+    /// Longest free run of each granule, by shelf; 0: none, or another shelf's.
     /// Apart from the table, so that a search reads 2 bytes a granule.
-    gaps: [*mut u16; TIERS],
-    /// No granule below `hint[tier][k]` has a free run of 2^k pages or more.
-    hint: [[usize; HINTS]; TIERS],
+    gaps: [*mut u16; SHELVES],
+    /// No granule below `hint[shelf][k]` has a free run of 2^k pages or more.
+    hint: [[usize; HINTS]; SHELVES],
+    /// Whose each granule is, for readers without the lock.
+    owners: *const AtomicU16,
     /// Granules at and above this one were never used.
     pub(super) high: usize,
     pub(super) window: usize,
@@ -56,8 +62,9 @@ impl State {
         base: 0,
         granules: 0,
         table: core::ptr::null_mut(),
-        gaps: [core::ptr::null_mut(); TIERS],
-        hint: [[0; HINTS]; TIERS],
+        gaps: [core::ptr::null_mut(); SHELVES],
+        hint: [[0; HINTS]; SHELVES],
+        owners: core::ptr::null(),
         high: 0,
         window: 0,
         window_len: 0,
@@ -72,7 +79,7 @@ impl State {
 
     /// Bytes of table for `granules`.
     pub(super) const fn table_bytes(granules: usize) -> usize {
-        granules * (size_of::<Granule>() + TIERS * size_of::<u16>())
+        granules * (size_of::<Granule>() + (SHELVES + 1) * size_of::<u16>())
     }
 
     /// # Safety
@@ -84,10 +91,15 @@ impl State {
         self.base = base;
         self.granules = granules;
         self.table = table as *mut Granule;
-        self.gaps = [
-            gaps as *mut u16,
-            (gaps + granules * size_of::<u16>()) as *mut u16,
-        ];
+        let array = |n: usize| gaps + n * granules * size_of::<u16>();
+        self.gaps = core::array::from_fn(|shelf| array(shelf) as *mut u16);
+        self.owners = array(SHELVES) as *const AtomicU16;
+    }
+
+    /// Where the owners are, one entry a granule, for readers without the
+    /// lock; and where the first granule is.
+    pub(super) fn owners(&self) -> (*const AtomicU16, usize) {
+        (self.owners, self.base)
     }
 
     /// Whether an address lies in the reservation.
@@ -119,12 +131,12 @@ impl State {
         unsafe { &mut *self.table.add(index) }
     }
 
-    fn gaps(&self, tier: Tier) -> &[u16] {
+    fn gaps(&self, domain: Domain) -> &[u16] {
         if self.high == 0 {
             return &[];
         }
         // SAFETY: the array has `granules` zeroed entries, at least `high`.
-        unsafe { core::slice::from_raw_parts(self.gaps[tier as usize], self.high) }
+        unsafe { core::slice::from_raw_parts(self.gaps[domain.shelf()], self.high) }
     }
 
     /// Whether a granule takes nothing in because a fork is near: what is on
@@ -137,13 +149,20 @@ impl State {
     pub(super) fn set_gap(&mut self, index: usize) {
         let granule = *self.granule(index);
         let gap = granule.gap();
-        for tier in [Tier::Dram, Tier::Extent] {
-            let gap = if tier == granule.tier { gap } else { 0 };
+        let right = granule.domain().shelf();
+        for (shelf, gaps) in self.gaps.iter().enumerate() {
+            let gap = if shelf == right { gap } else { 0 };
             // SAFETY: `granule` checked the index.
-            unsafe { *self.gaps[tier as usize].add(index) = gap as u16 };
+            unsafe { *gaps.add(index) = gap as u16 };
         }
+        let owner = match granule.backing {
+            Backing::None => 0,
+            _ => granule.owner.to_entry(),
+        };
+        // SAFETY: as above.
+        unsafe { (*self.owners.add(index)).store(owner, Ordering::Relaxed) };
         if gap > 0 {
-            for hint in &mut self.hint[granule.tier as usize][..=gap.ilog2() as usize] {
+            for hint in &mut self.hint[right][..=gap.ilog2() as usize] {
                 *hint = (*hint).min(index);
             }
         }
@@ -151,23 +170,30 @@ impl State {
 
     /// A run inside one granule that is backed already: the lowest that has
     /// room, so that few granules are full and the others run empty.
-    pub(super) fn alloc_within(&mut self, tier: Tier, pages: usize, align: usize) -> Option<Run> {
+    pub(super) fn alloc_within(
+        &mut self,
+        domain: Domain,
+        pages: usize,
+        align: usize,
+    ) -> Option<Run> {
         let class = pages.ilog2() as usize;
-        let from = self.hint[tier as usize][class];
+        let shelf = domain.shelf();
+        let from = self.hint[shelf][class];
         let mut hint = None;
         let mut index = from;
         loop {
-            let gaps = &self.gaps(tier)[index.min(self.high)..];
+            let gaps = &self.gaps(domain)[index.min(self.high)..];
             let Some(step) = gaps.iter().position(|gap| usize::from(*gap) >= 1 << class) else {
-                self.hint[tier as usize][class] = hint.unwrap_or(self.high);
+                self.hint[shelf][class] = hint.unwrap_or(self.high);
                 return None;
             };
             index += step;
             hint.get_or_insert(index);
-            if !self.is_closed(index)
+            if self.granule(index).domain() == domain
+                && !self.is_closed(index)
                 && let Some(start) = self.granule(index).live.first_gap(pages, align)
             {
-                self.hint[tier as usize][class] = hint.unwrap_or(index);
+                self.hint[shelf][class] = hint.unwrap_or(index);
                 let zeroed = self.take_pages(index, start, pages);
                 return Some(Run {
                     addr: self.addr(index) + start * PAGE,
@@ -182,17 +208,17 @@ impl State {
     /// first and last may be partly in use, those between have nothing live.
     pub(super) fn alloc_across(
         &mut self,
-        tier: Tier,
+        domain: Domain,
         pages: usize,
         align: usize,
         dram_allowed: bool,
     ) -> Option<Run> {
         let place = if align <= 1 {
-            self.find_place(tier, pages)?
+            self.find_place(domain, pages)?
         } else {
             let count = pages.div_ceil(PAGES_PER_GRANULE);
             let granules = align.div_ceil(PAGES_PER_GRANULE).max(1);
-            self.find_empty(tier, count, granules)?
+            self.find_empty(domain, count, granules)?
         };
         let (first, start, new) = (place.first, place.start, place.new);
         let end = first + (start + pages).div_ceil(PAGES_PER_GRANULE);
@@ -200,7 +226,10 @@ impl State {
             - (first..end.min(self.high))
                 .filter(|&i| self.granule(i).is_idle())
                 .count();
-        if tier == Tier::Extent && !dram_allowed && new > lent + self.interleave_share(new) {
+        if domain.tier == Tier::Extent
+            && !dram_allowed
+            && new > lent + self.interleave_share(domain, new)
+        {
             return None;
         }
         while self.high < end {
@@ -208,7 +237,7 @@ impl State {
             unsafe { *self.table.add(self.high) = Granule::NEW };
             self.high += 1;
         }
-        if !self.back_run(first..end, tier, dram_allowed) {
+        if !self.back_run(first..end, domain, dram_allowed) {
             return None;
         }
         Some(self.take_run(place, pages))
@@ -233,14 +262,14 @@ impl State {
 
     /// Where a run may begin that reaches over the end of a granule: of all
     /// places the lowest that needs the fewest new granules.
-    fn find_place(&self, tier: Tier, pages: usize) -> Option<Place> {
+    fn find_place(&self, domain: Domain, pages: usize) -> Option<Place> {
         let mut best: Option<Place> = None;
         for first in 0..(self.high + 1).min(self.granules) {
-            let free = self.free_end(tier, first);
+            let free = self.free_end(domain, first);
             if free == 0 {
                 continue;
             }
-            let Some(new) = self.new_for(tier, first, free, pages) else {
+            let Some(new) = self.new_for(domain, first, free, pages) else {
                 continue;
             };
             if best.is_none_or(|best| new < best.new) {
@@ -256,12 +285,13 @@ impl State {
 
     /// How many granules must be backed for a run that begins with the `free`
     /// last pages of `first`. `None`: something is in its way.
-    fn new_for(&self, tier: Tier, first: usize, free: usize, pages: usize) -> Option<usize> {
+    fn new_for(&self, domain: Domain, first: usize, free: usize, pages: usize) -> Option<usize> {
         let mut new = usize::from(self.is_bare(first));
         let mut left = pages.saturating_sub(free);
         let mut index = first + 1;
         while left > 0 {
-            if index >= self.granules || self.free_start(tier, index) < left.min(PAGES_PER_GRANULE)
+            if index >= self.granules
+                || self.free_start(domain, index) < left.min(PAGES_PER_GRANULE)
             {
                 return None;
             }
@@ -276,49 +306,55 @@ impl State {
         index >= self.high || self.granule(index).backing == Backing::None
     }
 
-    /// How many pages at the end of a granule a run of this tier may take.
-    fn free_end(&self, tier: Tier, index: usize) -> usize {
-        match self.is_empty(tier, index) {
+    /// How many pages at the end of a granule a run of this domain may take.
+    fn free_end(&self, domain: Domain, index: usize) -> usize {
+        match self.is_empty(domain, index) {
             true => PAGES_PER_GRANULE,
-            false if self.is_shared(tier, index) => self.granule(index).live.free_end(),
+            false if self.is_shared(domain, index) => self.granule(index).live.free_end(),
             false => 0,
         }
     }
 
-    /// How many pages at the start of a granule a run of this tier may take.
-    fn free_start(&self, tier: Tier, index: usize) -> usize {
-        match self.is_empty(tier, index) {
+    /// How many pages at the start of a granule a run of this domain may take.
+    fn free_start(&self, domain: Domain, index: usize) -> usize {
+        match self.is_empty(domain, index) {
             true => PAGES_PER_GRANULE,
-            false if self.is_shared(tier, index) => self.granule(index).live.free_start(),
+            false if self.is_shared(domain, index) => self.granule(index).live.free_start(),
             false => 0,
         }
     }
 
     /// Whether a granule that is partly in use takes a part of a longer run.
     /// What asks for extents does not lie half on a stopgap in DRAM.
-    fn is_shared(&self, tier: Tier, index: usize) -> bool {
-        self.gaps(tier)[index] > 0
+    fn is_shared(&self, domain: Domain, index: usize) -> bool {
+        self.gaps(domain)[index] > 0
+            && self.granule(index).domain() == domain
             && !self.is_closed(index)
-            && (tier == Tier::Dram || matches!(self.granule(index).backing, Backing::Extent(_)))
+            && (domain.tier == Tier::Dram
+                || matches!(self.granule(index).backing, Backing::Extent(_)))
     }
 
-    /// Whether a granule may serve a tier and nothing of it is in use.
-    fn is_empty(&self, tier: Tier, index: usize) -> bool {
+    /// Whether a granule may serve a domain and nothing of it is in use.
+    fn is_empty(&self, domain: Domain, index: usize) -> bool {
         index >= self.high || {
             let granule = self.granule(index);
-            let empty = granule.tier == tier && !granule.in_flight && granule.live.is_empty();
+            let empty = granule.domain() == domain && !granule.in_flight && granule.live.is_empty();
             granule.backing == Backing::None || (empty && !self.is_closed(index))
         }
     }
 
     /// Of `new` granules, how many at least the interleaving makes DRAM.
-    fn interleave_share(&self, new: usize) -> usize {
-        new.checked_div(self.dram_every as usize).unwrap_or(0)
+    fn interleave_share(&self, domain: Domain, new: usize) -> usize {
+        let every = match domain.owner {
+            Owner::HEAP => self.dram_every as usize,
+            _ => 0,
+        };
+        new.checked_div(every).unwrap_or(0)
     }
 
     /// The lowest run of `count` granules with nothing live, of which the
     /// first has an index whose address is a multiple of `align` granules.
-    fn find_empty(&self, tier: Tier, count: usize, align: usize) -> Option<Place> {
+    fn find_empty(&self, domain: Domain, count: usize, align: usize) -> Option<Place> {
         let step = |index: usize| {
             let place = self.base / GRANULE + index;
             place.next_multiple_of(align) - self.base / GRANULE
@@ -327,7 +363,7 @@ impl State {
         while first.checked_add(count)? <= self.granules {
             match (first..first + count)
                 .rev()
-                .find(|&index| !self.is_empty(tier, index))
+                .find(|&index| !self.is_empty(domain, index))
             {
                 None => {
                     let new = (first..first + count).filter(|&i| self.is_bare(i)).count();
