@@ -2,6 +2,7 @@
 
 use core::alloc::{GlobalAlloc, Layout};
 
+use crate::arena::ArenaBuilder;
 use crate::config::Config;
 use crate::engine;
 use crate::heap::Heap;
@@ -63,6 +64,11 @@ impl DcMalloc {
     /// What the heap holds.
     pub fn stats(&'static self) -> Stats {
         self.heap().stats()
+    }
+
+    /// An arena of its own for a part of the program: see [`Heap::arena`].
+    pub fn arena(&'static self, name: &str) -> ArenaBuilder {
+        self.heap().arena(name)
     }
 
     /// The heap itself, started.

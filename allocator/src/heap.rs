@@ -10,6 +10,7 @@ use core::time::Duration;
 use std::sync::OnceLock;
 use std::time::Instant;
 
+use crate::arena::{self, ArenaBuilder, callbacks};
 use crate::config::Config;
 use crate::engine::{self, ArenaIndex, Hooks, MAX_REQUEST, Supply};
 use crate::fork;
@@ -124,7 +125,7 @@ impl Heap {
         if let Placement::Interleave(n) = config.placement {
             self.space.set_interleave(n);
         }
-        let hooks = |tier| Hooks::new(&self.space, tier, &self.supply);
+        let hooks = |tier: Tier| Hooks::new(&self.space, tier.into(), &self.supply, None);
         let hooks = self
             .hooks
             .get_or_init(|| [hooks(Tier::Dram), hooks(Tier::Extent)]);
@@ -232,7 +233,11 @@ impl Heap {
         self.direct_below.load(Ordering::Relaxed)
     }
 
-    fn decay_ms(&self, tier: Tier) -> isize {
+    pub(crate) fn supply(&self) -> &Supply {
+        &self.supply
+    }
+
+    pub(crate) fn decay_ms(&self, tier: Tier) -> isize {
         match tier {
             Tier::Dram => DRAM_DECAY_MS,
             Tier::Extent => self.config().decay_ms as isize,
@@ -257,8 +262,41 @@ impl Heap {
         Some(arena)
     }
 
-    /// The arenas that take extents.
-    pub(crate) fn extent_arenas(&self) -> impl Iterator<Item = ArenaIndex> + '_ {
+    /// An arena of its own for a part of the program, to be made with
+    /// [`ArenaBuilder::build`].
+    ///
+    /// ```
+    /// use allocator::{DcMalloc, allocator_api2::vec::Vec};
+    ///
+    /// static HEAP: DcMalloc = DcMalloc::new();
+    ///
+    /// fn main() -> Result<(), allocator::ArenaError> {
+    ///     let wanted = |pressure: &allocator::Pressure| println!("{} wanted", pressure.bytes);
+    ///     let arena = HEAP.arena("index").limit(64 << 20).on_pressure(wanted).build()?;
+    ///     let mut numbers = Vec::new_in(arena.clone());
+    ///     numbers.extend(0..1_000_000u32);
+    ///     assert!(arena.stats().pages >= 4_000_000);
+    ///     Ok(())
+    /// }
+    /// ```
+    pub fn arena(&'static self, name: &str) -> ArenaBuilder {
+        ArenaBuilder::new(self, name)
+    }
+
+    /// Lets freed pages of extents go whose time has come.
+    pub(crate) fn decay_extents(&self) {
+        self.extent_arenas().for_each(engine::decay);
+        arena::table().each_on_extents(self, engine::decay);
+    }
+
+    /// Lets all freed pages of extents go.
+    pub(crate) fn purge_extents(&self) {
+        self.extent_arenas().for_each(engine::purge);
+        arena::table().each_on_extents(self, engine::purge);
+    }
+
+    /// The heap's own arenas that take extents.
+    fn extent_arenas(&self) -> impl Iterator<Item = ArenaIndex> + '_ {
         let bound = self.config().placement.bound_tier();
         let automatic = bound == Tier::Extent && self.is_started();
         let extra = bound == Tier::Dram;
@@ -411,16 +449,11 @@ impl Heap {
     }
 
     /// Makes all arenas give back what is free.
-    fn purge(&self) {
+    pub(crate) fn purge(&self) {
         engine::automatic()
             .chain(self.extra.made())
             .for_each(engine::purge);
-    }
-
-    /// Asks the program to free about `bytes` of what it can do without; the
-    /// bytes that it freed.
-    pub(crate) fn press(&self, _bytes: u64) -> u64 {
-        0
+        arena::table().each_on_extents(self, engine::purge);
     }
 
     /// Gives back what is unused; whether there was any.
@@ -440,7 +473,10 @@ impl Heap {
             outside: engine::early_bytes(),
             allocated: engine.allocated,
             metadata: engine.metadata,
-            arenas: (engine::automatic().count() + self.extra.made().count()) as u32,
+            arenas: (engine::automatic().count()
+                + self.extra.made().count()
+                + arena::table().count()) as u32,
+            callback_panics: callbacks().panics(),
             exhausted: self.exhausted.load(Ordering::Relaxed),
             evacuated: self.evacuated.load(Ordering::Relaxed),
             promoted: self.promoted.load(Ordering::Relaxed),
@@ -489,6 +525,7 @@ impl Heap {
         self.unforked.fetch_add(left_out, Ordering::Relaxed);
         // Held while an arena is made, which takes the engine's locks.
         core::mem::forget(self.extra.making.lock());
+        arena::table().before_fork();
     }
 
     /// After a fork, in the parent.
@@ -496,8 +533,11 @@ impl Heap {
     /// # Safety
     /// The calling thread called [`Heap::before_fork`].
     pub(crate) unsafe fn in_parent(&'static self) {
-        // SAFETY: this thread took it in `before_fork`.
-        unsafe { self.extra.making.force_unlock() };
+        // SAFETY: this thread took them in `before_fork`.
+        unsafe {
+            arena::table().after_fork();
+            self.extra.making.force_unlock();
+        }
         self.service.resume(self);
         // SAFETY: as above.
         unsafe { self.forks.force_unlock() };
@@ -512,6 +552,8 @@ impl Heap {
     /// own. It looks for a source when it first needs an extent.
     pub(crate) fn in_child(&self) {
         self.service.forget();
+        callbacks().forget();
+        arena::table().in_child();
         self.expect_none();
         self.space.set_dram_when_exhausted(true);
         self.space.disown_extents();
@@ -529,6 +571,7 @@ impl Heap {
         self.supply.orphan.store(orphan, Ordering::Release);
         // SAFETY: the copy of the thread that took them in `before_fork`.
         unsafe {
+            arena::table().after_fork();
             self.extra.making.force_unlock();
             self.forks.force_unlock();
         }

@@ -8,11 +8,13 @@
 //! | lease | granules of the window that a source has lent ([`source`]) |
 //! | recall | a lease asked back |
 //! | tier | which backing an arena asks for: DRAM, or extents |
+//! | arena | a part of the program's allocations with rules of its own ([`Arena`]) |
 //! | engine | jemalloc: size classes, thread caches, fork locking ([`engine`]) |
 //!
 //! The crate knows nothing of CXL: it declares [`source::ExtentSource`], the
 //! trait through which it gets capacity, and others implement it.
 
+mod arena;
 pub mod config;
 pub mod engine;
 mod evacuation;
@@ -27,7 +29,10 @@ pub mod source;
 pub mod space;
 pub mod stats;
 pub mod sync;
+mod thread;
 
+pub use allocator_api2;
+pub use arena::{Arena, ArenaBuilder, ArenaError, ArenaStats, MAX_ARENAS, MAX_NAME, Pressure};
 pub use config::Config;
 pub use global::DcMalloc;
 pub use heap::Heap;

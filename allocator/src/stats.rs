@@ -43,6 +43,8 @@ pub struct Stats {
     pub stalls: Stalls,
     /// Times that an allocation found the source exhausted (a count).
     pub exhausted: u64,
+    /// Callbacks of the program that panicked (a count).
+    pub callback_panics: u64,
     /// Settings that could not be read (a count).
     pub unknown_settings: u32,
 }

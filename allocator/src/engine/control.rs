@@ -42,6 +42,30 @@ impl ArenaIndex {
         Some(arena)
     }
 
+    /// Ends an arena and everything that was allocated from it. No cache holds
+    /// anything of it.
+    pub(crate) fn destroy(self) {
+        self.control(c"arena.0.destroy", null_mut(), 0);
+    }
+
+    /// Bytes handed out, what caches hold included.
+    pub(crate) fn allocated(self) -> u64 {
+        exchange(c"epoch", None::<&mut u64>, Some(1u64));
+        let read = |name| self.read_statistic(name).unwrap_or(0);
+        read(c"stats.arenas.0.small.allocated") + read(c"stats.arenas.0.large.allocated")
+    }
+
+    /// Reads a `size_t` of `stats.arenas.<index>.…`, given as `stats.arenas.0.…`.
+    fn read_statistic(self, name: &CStr) -> Option<u64> {
+        let (mut value, mut len) = (0usize, size_of::<usize>());
+        let (mib, depth) = self.mib(name, 2)?;
+        let old: *mut usize = &mut value;
+        // SAFETY: the mib is one that jemalloc just made; `old` has `len` bytes.
+        let code =
+            unsafe { je::mallctlbymib(mib.as_ptr(), depth, old.cast(), &mut len, null_mut(), 0) };
+        (code == 0).then_some(value as u64)
+    }
+
     /// For a table of arenas in which 0 means none.
     pub(crate) fn to_slot(self) -> u32 {
         self.0 + 1
@@ -59,15 +83,15 @@ impl ArenaIndex {
 
     /// Calls `arena.<index>.…`, given as `arena.0.…`.
     fn control(self, name: &CStr, new: *mut c_void, len: usize) -> Option<()> {
-        let (mib, depth) = self.mib(name)?;
+        let (mib, depth) = self.mib(name, 1)?;
         // SAFETY: the mib is one that jemalloc just made; `new` has `len` bytes.
         let code =
             unsafe { je::mallctlbymib(mib.as_ptr(), depth, null_mut(), null_mut(), new, len) };
         (code == 0).then_some(())
     }
 
-    /// A name with its second component replaced by this index.
-    fn mib(self, name: &CStr) -> Option<([usize; 6], usize)> {
+    /// A name with one of its components replaced by this index.
+    fn mib(self, name: &CStr, component: usize) -> Option<([usize; 6], usize)> {
         let mut mib = [0usize; 6];
         let mut depth = mib.len();
         // SAFETY: a nul-terminated name and a mib of the length said.
@@ -75,13 +99,13 @@ impl ArenaIndex {
         if found != 0 {
             return None;
         }
-        mib[1] = self.0 as usize;
+        mib[component] = self.0 as usize;
         Some((mib, depth))
     }
 }
 
 /// mallctl: reads into `old`, then writes `new`, where given.
-fn exchange<A, B>(name: &CStr, old: Option<&mut A>, new: Option<B>) -> Option<()> {
+pub(super) fn exchange<A, B>(name: &CStr, old: Option<&mut A>, new: Option<B>) -> Option<()> {
     let mut old_len = size_of::<A>();
     let (old, old_len): (*mut c_void, *mut usize) = match old {
         Some(old) => ((old as *mut A).cast(), &mut old_len),

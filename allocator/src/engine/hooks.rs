@@ -13,8 +13,9 @@ use core::time::Duration;
 use std::time::Instant;
 use tikv_jemalloc_sys as je;
 
-use super::{ArenaIndex, purge};
-use crate::space::{GRANULE, Run, Space, Tier};
+use super::{Account, ArenaIndex, purge};
+use crate::placement::OnExhausted;
+use crate::space::{Domain, GRANULE, Run, Space, Tier};
 use crate::sync::Signal;
 
 /// Bytes of pages that jemalloc took from the kernel before it had hooks, and
@@ -31,6 +32,10 @@ pub fn early_bytes() -> u64 {
     EARLY.load(Ordering::Relaxed)
 }
 
+/// How long a request of an arena waits for granules that have been asked for
+/// (ms), where nothing is said: there is no outer layer that waits for it.
+const ON_ITS_WAY_MS: u32 = 200;
+
 thread_local! {
     /// This thread would rather fail than have DRAM in place of an extent.
     static LENT_ONLY: Cell<bool> = const { Cell::new(false) };
@@ -45,14 +50,16 @@ pub fn lent_only<T>(f: impl FnOnce() -> T) -> T {
     result
 }
 
-/// The hooks of all arenas that take pages of one tier from one space.
+/// The hooks of all arenas that take pages of one domain from one space.
 #[repr(C)]
 pub struct Hooks {
     /// First, so that jemalloc's pointer to it is a pointer to the whole.
     table: je::extent_hooks_t,
     space: &'static Space,
-    tier: Tier,
+    domain: Domain,
     supply: &'static Supply,
+    /// Of an arena of the program: what it may take, and what it has.
+    account: Option<&'static Account>,
     users: Users,
 }
 
@@ -131,8 +138,13 @@ impl Supply {
 unsafe impl Sync for Hooks {}
 
 impl Hooks {
-    /// Hooks for `tier` of `space`.
-    pub const fn new(space: &'static Space, tier: Tier, supply: &'static Supply) -> Self {
+    /// Hooks for one domain of `space`.
+    pub const fn new(
+        space: &'static Space,
+        domain: Domain,
+        supply: &'static Supply,
+        account: Option<&'static Account>,
+    ) -> Self {
         let table = je::extent_hooks_t {
             alloc: Some(alloc),
             dalloc: Some(dalloc),
@@ -150,8 +162,9 @@ impl Hooks {
         Self {
             table,
             space,
-            tier,
+            domain,
             supply,
+            account,
             users: Users([const { AtomicU64::new(0) }; 4]),
         }
     }
@@ -160,17 +173,61 @@ impl Hooks {
         &raw const self.table
     }
 
+    fn alloc(&self, arena: ArenaIndex, at: usize, size: usize, alignment: usize) -> Option<Run> {
+        if let Some(account) = self.account
+            && !account.take(size)
+        {
+            // What it has freed may be all of its limit.
+            purge(arena);
+            if !account.take(size) {
+                account.note_refused();
+                return None;
+            }
+        }
+        let run = match (at, self.domain.tier) {
+            (0, Tier::Dram) => self.space.alloc(self.domain, size, alignment, true),
+            (0, Tier::Extent) => self.alloc_extent(arena, size, alignment),
+            (at, _) => self.space.alloc_at(self.domain, at, size),
+        };
+        if let (None, Some(account)) = (run, self.account) {
+            account.put_back(size);
+        }
+        run
+    }
+
+    /// How long to wait for extents (ms), whether also when there are no more,
+    /// and whether DRAM will do then.
+    fn policy(&self) -> (u32, bool, bool) {
+        match self.account.map(Account::on_exhausted) {
+            None => {
+                let insist = self.supply.insist.load(Ordering::Relaxed);
+                (
+                    self.supply.patience_ms.load(Ordering::Relaxed),
+                    insist,
+                    true,
+                )
+            }
+            Some(OnExhausted::Wait(ms)) => (ms, true, false),
+            Some(policy) => (ON_ITS_WAY_MS, false, policy == OnExhausted::Dram),
+        }
+    }
+
     fn alloc_extent(&self, arena: ArenaIndex, size: usize, alignment: usize) -> Option<Run> {
-        if let Some(run) = self.space.alloc_in_use(Tier::Extent, size, alignment) {
+        if let Some(run) = self.space.alloc_in_use(self.domain, size, alignment) {
             return Some(run);
         }
         // Before more is taken, what the arenas have freed and still keep is
         // let go: jemalloc does not cut small runs from large ones, and each
         // arena keeps its own. A build-up and tear-down of 100 MB in blocks
         // of 64 KiB to 4 MiB leases 119 MB so, and 126 to 138 otherwise.
-        self.users.note(arena);
-        self.users.each(purge);
-        let lent = || self.space.alloc(Tier::Extent, size, alignment, false);
+        match self.account {
+            Some(_) => purge(arena),
+            None => {
+                self.users.note(arena);
+                self.users.each(purge);
+            }
+        }
+        let lent = || self.space.alloc(self.domain, size, alignment, false);
         let run = lent();
         if self.space.runs_low() {
             self.supply.wanted.raise();
@@ -181,17 +238,20 @@ impl Hooks {
         if run.is_some() || LENT_ONLY.get() {
             return run;
         }
-        let patience = u64::from(self.supply.patience_ms.load(Ordering::Relaxed));
-        let deadline = Instant::now() + Duration::from_millis(patience);
+        if !self.space.has_room_for(size.div_ceil(GRANULE)) {
+            return None;
+        }
+        let (patience, insist, dram) = self.policy();
+        let deadline = Instant::now() + Duration::from_millis(u64::from(patience));
         loop {
             let seen = self.supply.lent.read();
             if let Some(run) = lent() {
                 return Some(run);
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let vain = self.space.is_exhausted() && !self.supply.insist.load(Ordering::Relaxed);
+            let vain = self.space.is_exhausted() && !insist;
             if left.is_zero() || vain {
-                return self.space.alloc(Tier::Extent, size, alignment, true);
+                return self.space.alloc(self.domain, size, alignment, dram);
             }
             if !self.space.is_exhausted() {
                 self.supply.want(size.div_ceil(GRANULE));
@@ -219,12 +279,9 @@ unsafe extern "C" fn alloc(
 ) -> *mut c_void {
     // SAFETY: called by jemalloc.
     let hooks = unsafe { Hooks::of(table) };
-    let run = match (new_addr.is_null(), hooks.tier) {
-        (false, tier) => hooks.space.alloc_at(tier, new_addr as usize, size),
-        (true, Tier::Dram) => hooks.space.alloc(Tier::Dram, size, alignment, true),
-        (true, Tier::Extent) => hooks.alloc_extent(ArenaIndex(arena), size, alignment),
+    let Some(run) = hooks.alloc(ArenaIndex(arena), new_addr as usize, size, alignment) else {
+        return null_mut();
     };
-    let Some(run) = run else { return null_mut() };
     // SAFETY: jemalloc's own flag: whether it must have zeroes.
     if unsafe { *zero } && !run.zeroed {
         // SAFETY: a run that was just handed out, and is nobody's yet.
@@ -251,6 +308,9 @@ unsafe extern "C" fn dalloc(
     let hooks = unsafe { Hooks::of(table) };
     if hooks.space.contains(addr as usize) {
         hooks.space.free(addr as usize, size);
+        if let Some(account) = hooks.account {
+            account.put_back(size);
+        }
         return false;
     }
     let _ = EARLY.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |early| {

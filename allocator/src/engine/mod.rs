@@ -4,10 +4,14 @@
 //! that it can be replaced. Arenas get their memory from a [`Space`](crate::space::Space) through
 //! the hooks in `hooks.rs` and keep their metadata in DRAM.
 
+mod account;
+mod cache;
 mod control;
 mod hooks;
 mod start;
 
+pub use account::Account;
+pub use cache::Cache;
 pub use control::{
     ArenaIndex, MAX_ARENAS, Statistics, automatic, decay, purge, statistics, take_over, whole_class,
 };
@@ -50,6 +54,51 @@ pub fn allocate_from(arena: ArenaIndex, size: usize, align: usize, zero: bool) -
 pub fn allocate(size: usize, align: usize, zero: bool) -> *mut u8 {
     // SAFETY: size is not 0.
     unsafe { je::mallocx(size, flags(align, zero)) }.cast()
+}
+
+/// An allocation from a given arena through a cache that holds nothing of
+/// another; past all caches without one.
+///
+/// `size` may not be 0, `align` is a power of two.
+#[inline]
+pub fn allocate_through(
+    cache: Option<Cache>,
+    arena: ArenaIndex,
+    size: usize,
+    align: usize,
+    zero: bool,
+) -> *mut u8 {
+    let flags = je::MALLOCX_ARENA(arena.0 as usize) | Cache::flag(cache) | flags(align, zero);
+    // SAFETY: size is not 0, the arena and the cache exist: they come from
+    // `control` and `cache`.
+    unsafe { je::mallocx(size, flags) }.cast()
+}
+
+/// Resizes an allocation; as [`allocate_through`].
+///
+/// # Safety
+/// `ptr` is live and from an arena that the cache serves.
+pub unsafe fn reallocate_through(
+    cache: Option<Cache>,
+    arena: ArenaIndex,
+    ptr: *mut u8,
+    size: usize,
+    align: usize,
+) -> *mut u8 {
+    let flags = je::MALLOCX_ARENA(arena.0 as usize) | Cache::flag(cache) | flags(align, false);
+    // SAFETY: the caller's promise.
+    unsafe { je::rallocx(ptr.cast(), size, flags) }.cast()
+}
+
+/// Frees an allocation of `size` bytes into a cache; as [`allocate_through`].
+///
+/// # Safety
+/// `ptr` is live, from an arena that the cache serves, and was allocated with
+/// this size and alignment.
+#[inline]
+pub unsafe fn free_through(cache: Option<Cache>, ptr: *mut u8, size: usize, align: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { je::sdallocx(ptr.cast(), size, Cache::flag(cache) | flags(align, false)) }
 }
 
 #[inline]

@@ -5,7 +5,7 @@ use core::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::Service;
-use crate::engine;
+use crate::arena::callbacks;
 use crate::evacuation::Evacuator;
 use crate::heap::Heap;
 use crate::source::{ExtentSource, Recall, RecallOutcome, Refusal};
@@ -15,7 +15,7 @@ impl Service {
     /// the deadline if the work is to go on after it, and at the end.
     pub(super) fn answer(
         &self,
-        heap: &Heap,
+        heap: &'static Heap,
         source: &dyn ExtentSource,
         recall: &Recall,
         evacuator: &mut Option<Evacuator>,
@@ -49,7 +49,7 @@ impl Service {
     /// program drops, what can be moved; the rest is refused.
     fn chain(
         &self,
-        heap: &Heap,
+        heap: &'static Heap,
         source: &dyn ExtentSource,
         recall: &Recall,
         until: Option<Instant>,
@@ -61,14 +61,17 @@ impl Service {
             ..*recall
         };
         let give_back = |out: &RecallOutcome| self.give_back(heap, source, &rest(out), 0);
-        let purge = || heap.extent_arenas().for_each(engine::purge);
         out.idle = give_back(&out);
         if rest(&out).bytes > 0 {
-            purge();
+            heap.purge_extents();
             out.purged = give_back(&out);
         }
-        if rest(&out).bytes > 0 && heap.press(rest(&out).bytes) > 0 {
-            purge();
+        if let Some(until) = until
+            && rest(&out).bytes > 0
+        {
+            // The other half of the time is for moving.
+            let half = until.saturating_duration_since(Instant::now()) / 2;
+            callbacks().press(heap, &rest(&out), half);
             out.dropped = give_back(&out);
         }
         let mut stopped = Some(Refusal::CannotMove);

@@ -8,10 +8,10 @@ use rustix::io::Errno;
 use std::time::Instant;
 
 use super::{TICK, TICK_QUIET};
-use crate::engine;
 use crate::evacuation::Evacuator;
 use crate::heap::Heap;
 use crate::source::{Event, ExtentSource};
+use crate::thread::{self, Main};
 
 /// For so many ticks after a recall the reserve is not filled up again, unless
 /// the source says that it has more: what was just given back is not asked for
@@ -21,34 +21,10 @@ const RESTRAINT: u32 = 20;
 /// the stack's mapping, besides a few pages of our own.
 const STACK: usize = 512 << 10;
 
-/// Starts a thread of this service. `pthread_create` allocates; the heap works
-/// without the thread meanwhile.
-pub(super) fn spawn(
-    main: extern "C" fn(*mut c_void) -> *mut c_void,
-    heap: &'static Heap,
-) -> Result<(), Errno> {
-    // SAFETY: plain libc calls on values that live here; the thread gets a
-    // reference that lives for ever.
-    let code = unsafe {
-        let mut attr = core::mem::zeroed();
-        libc::pthread_attr_init(&mut attr);
-        libc::pthread_attr_setstacksize(&mut attr, STACK);
-        libc::pthread_attr_setdetachstate(&mut attr, libc::PTHREAD_CREATE_DETACHED);
-        let (mut all, mut before) = (core::mem::zeroed(), core::mem::zeroed());
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let mut thread = 0;
-        let argument = (heap as *const Heap).cast_mut().cast();
-        let code = libc::pthread_create(&mut thread, &attr, main, argument);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &before, null_mut());
-        libc::pthread_attr_destroy(&mut attr);
-        code
-    };
-    if code == 0 {
-        Ok(())
-    } else {
-        Err(Errno::from_raw_os_error(code))
-    }
+/// Starts a thread of this service; the heap works without it meanwhile.
+pub(super) fn spawn(main: Main, heap: &'static Heap) -> Result<(), Errno> {
+    let heap = core::ptr::from_ref(heap).cast_mut();
+    thread::spawn(main, heap.cast(), STACK)
 }
 
 pub(super) extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
@@ -142,7 +118,7 @@ fn work(
         last_tick = Instant::now();
         restraint = restraint.saturating_sub(1);
         heap.space().tick();
-        heap.extent_arenas().for_each(engine::decay);
+        heap.decay_extents();
         if service.is_running() {
             if restraint == 0
                 && let Some(evacuator) = &mut evacuator

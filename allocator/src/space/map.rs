@@ -29,7 +29,7 @@ fn trim(from: usize, to: usize) {
 }
 
 /// Zeroed memory of the allocator's own, for tables; never freed.
-pub(super) fn table(len: usize) -> Result<usize, Errno> {
+pub(crate) fn table(len: usize) -> Result<usize, Errno> {
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: a new mapping at an address of the kernel's choice.
     let table =

@@ -30,6 +30,7 @@ use rustix::io::Errno;
 
 pub use granule::{Backing, Domain, GRANULE, Owner, PAGE, PAGES_PER_GRANULE, Tier};
 pub use map::keep_private;
+pub(crate) use map::table as map_table;
 pub use moving::{Ended, Leaving, Move};
 pub use pagemap::PageMap;
 
@@ -441,6 +442,18 @@ impl Space {
         state.usage.extent_held -= (taken * GRANULE) as u64;
         state.usage.idle -= (taken * GRANULE) as u64;
         out
+    }
+
+    /// Bytes of lent granules, inside `wanted` or anywhere if that is empty,
+    /// that nothing uses.
+    pub(crate) fn idle_bytes_in(&self, wanted: &[WindowRange]) -> u64 {
+        let mut state = self.state.lock();
+        let idle = (0..state.high).filter(|&i| {
+            let granule = state.granule(i);
+            matches!(granule.backing, Backing::Extent(o) if wants(wanted, o)) && granule.is_idle()
+        });
+        let mapped = idle.count();
+        ((mapped + state.pool.count_in(wanted)) * GRANULE) as u64
     }
 
     /// Bytes of lent granules, inside `wanted` or anywhere if that is empty,

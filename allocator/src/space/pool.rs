@@ -56,6 +56,16 @@ impl Pool {
         self.count
     }
 
+    /// How many it holds inside `wanted`; all, if that is empty.
+    pub(super) fn count_in(&mut self, wanted: &[WindowRange]) -> usize {
+        let has = |words: &[u64], index: usize| words[index / 64] & 1 << (index % 64) != 0;
+        let all = self.len * 64;
+        let words = self.words();
+        (0..all)
+            .filter(|&index| has(words, index) && wants(wanted, (index * GRANULE) as u64))
+            .count()
+    }
+
     /// Adds the granule at `offset`. `false`: it is there already, or lies
     /// outside the window.
     pub(super) fn put(&mut self, offset: u64) -> bool {

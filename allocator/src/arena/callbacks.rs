@@ -1,0 +1,196 @@
+//! Calling the program: under pressure.
+//!
+//! Callbacks are the program's code and data, which may lie on extents, so
+//! they run on a thread of their own. The worker leaves a note in static
+//! memory, and waits for a bounded time.
+
+use core::ffi::c_void;
+use core::ptr::null_mut;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::time::Duration;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::io::Errno;
+
+use super::slot::{Slot, table};
+use super::threads;
+use crate::heap::Heap;
+use crate::source::{Ranges, Recall};
+use crate::sync::{Lock, Signal};
+use crate::thread::{self, spawn};
+
+/// As much as a program's first thread has: it runs the program's code.
+const STACK: usize = 8 << 20;
+
+/// Extents are recalled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Pressure {
+    /// Bytes that are still missing.
+    pub bytes: u64,
+    /// For how long dropping is of use; what is live then is moved.
+    pub within: Duration,
+}
+
+type OnPressure = Arc<dyn Fn(&Pressure) + Send + Sync>;
+
+/// What the program said about an arena. Not for the heap's own threads.
+pub(crate) struct Told {
+    pub(super) name: String,
+    pub(super) priority: i32,
+    pub(super) pressure: Option<OnPressure>,
+}
+
+impl Told {
+    pub(super) fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            priority: 0,
+            pressure: None,
+        }
+    }
+}
+
+/// A recall that callbacks are to help with.
+#[derive(Clone, Copy)]
+struct Ask {
+    heap: &'static Heap,
+    bytes: u64,
+    until: Instant,
+    ranges: Ranges,
+}
+
+/// What the worker and the thread of callbacks share.
+pub(crate) struct Callbacks {
+    /// The thread is there.
+    running: AtomicBool,
+    ask: Lock<Option<Ask>>,
+    /// The thread is at work on an ask.
+    busy: AtomicBool,
+    /// Raised for the thread.
+    called: Signal,
+    /// Raised by the thread.
+    done: Signal,
+    /// Callbacks that panicked.
+    panics: AtomicU64,
+}
+
+static CALLBACKS: Callbacks = Callbacks {
+    running: AtomicBool::new(false),
+    ask: Lock::new(None),
+    busy: AtomicBool::new(false),
+    called: Signal::new(),
+    done: Signal::new(),
+    panics: AtomicU64::new(0),
+};
+
+pub(crate) fn callbacks() -> &'static Callbacks {
+    &CALLBACKS
+}
+
+impl Callbacks {
+    /// Starts the thread, if it is not there. Not from inside `malloc`.
+    pub(crate) fn start(&'static self) -> Result<(), Errno> {
+        if self.running.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        spawn(main, null_mut(), STACK).inspect_err(|_| self.running.store(false, Ordering::Release))
+    }
+
+    /// Has the program drop what it can, by priority; returns when that is
+    /// enough, all have been asked, or the time is over.
+    pub(crate) fn press(&self, heap: &'static Heap, recall: &Recall, within: Duration) {
+        let until = Instant::now() + within;
+        // One that blocks is not waited for twice.
+        if !self.running.load(Ordering::Acquire) || self.busy.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        *self.ask.lock() = Some(Ask {
+            heap,
+            bytes: recall.bytes,
+            until,
+            ranges: recall.ranges,
+        });
+        self.called.raise();
+        loop {
+            let seen = self.done.read();
+            let left = until.saturating_duration_since(Instant::now());
+            if !self.busy.load(Ordering::Acquire) || left.is_zero() {
+                return;
+            }
+            self.done.wait(seen, left);
+        }
+    }
+
+    /// How many callbacks panicked.
+    pub(crate) fn panics(&self) -> u64 {
+        self.panics.load(Ordering::Relaxed)
+    }
+
+    /// In a child, which has no such thread.
+    pub(crate) fn forget(&self) {
+        self.running.store(false, Ordering::Release);
+        self.busy.store(false, Ordering::Release);
+        // SAFETY: the child has one thread, and it does not hold it.
+        unsafe { self.ask.force_unlock() };
+        *self.ask.lock() = None;
+    }
+
+    fn run(&self, callback: impl FnOnce()) {
+        if catch_unwind(AssertUnwindSafe(callback)).is_err() {
+            self.panics.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn carry_out(&self, ask: &Ask) {
+        let mut told = Vec::new();
+        for slot in table().open_slots() {
+            if let Some(Told {
+                priority,
+                pressure: Some(callback),
+                ..
+            }) = &*slot.told.lock()
+            {
+                told.push((*priority, slot, slot.generation(), Arc::clone(callback)));
+            }
+        }
+        told.sort_by_key(|(priority, ..)| *priority);
+        for (_, slot, generation, callback) in told {
+            let within = ask.until.saturating_duration_since(Instant::now());
+            let idle = ask.heap.space().idle_bytes_in(ask.ranges.as_slice());
+            let bytes = ask.bytes.saturating_sub(idle);
+            if bytes == 0 || within.is_zero() {
+                return;
+            }
+            self.run(|| callback(&Pressure { bytes, within }));
+            give_back(ask.heap, slot, generation);
+        }
+    }
+}
+
+/// Makes free pages what a callback freed.
+fn give_back(heap: &Heap, slot: &'static Slot, generation: u32) {
+    if slot.generation() == generation {
+        threads::flush(slot);
+    }
+    heap.purge_extents();
+}
+
+extern "C" fn main(_: *mut c_void) -> *mut c_void {
+    let _ = rustix::thread::set_name(c"dcmalloc-call");
+    thread::hear_faults();
+    let callbacks = callbacks();
+    loop {
+        let seen = callbacks.called.read();
+        let ask = callbacks.ask.lock().take();
+        if let Some(ask) = ask {
+            callbacks.carry_out(&ask);
+            callbacks.busy.store(false, Ordering::Release);
+            callbacks.done.raise();
+            continue;
+        }
+        callbacks.called.wait(seen, Duration::from_secs(3600));
+    }
+}
