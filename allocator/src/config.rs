@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use crate::placement::{OnExhausted, Placement};
+use core::ffi::CStr;
 use core::fmt;
 
 /// A setting that can be named in `DCMALLOC_CONF`.
@@ -55,6 +56,18 @@ pub const KEYS: &[Key] = &[
         "DRAM that live data may be moved to under pressure",
     ),
     key(
+        "spill_dir",
+        "PATH | none",
+        "none",
+        "where live data is written that can move neither to other extents nor to DRAM",
+    ),
+    key(
+        "spill_limit",
+        "BYTES | none",
+        "none",
+        "how much may be written there",
+    ),
+    key(
         "io_dram",
         "true | false",
         "true",
@@ -95,6 +108,10 @@ pub struct Config {
     pub on_exhausted: OnExhausted,
     /// Bytes of DRAM that granules may be moved to; `u64::MAX`: no limit.
     pub dram_limit: u64,
+    /// Where live data is written that can go nowhere else.
+    pub spill_dir: Option<SpillDir>,
+    /// Bytes that may be written there; `u64::MAX`: no limit.
+    pub spill_limit: u64,
     /// Whether what looks like a buffer for direct I/O goes to DRAM.
     pub io_dram: bool,
     /// Bytes per second that may be moved back to extents; 0: none.
@@ -113,6 +130,8 @@ impl Config {
         placement: Placement::Size(Placement::DEFAULT_THRESHOLD),
         on_exhausted: OnExhausted::Dram,
         dram_limit: u64::MAX,
+        spill_dir: None,
+        spill_limit: u64::MAX,
         io_dram: true,
         promote: 512 << 20,
         decay_ms: 250,
@@ -144,6 +163,10 @@ impl Config {
             "on_exhausted" => self.on_exhausted = on_exhausted(value).ok_or(bad(key.values))?,
             "dram_limit" if value == "none" => self.dram_limit = u64::MAX,
             "dram_limit" => self.dram_limit = parse_size(value).ok_or(bad(key.values))? as u64,
+            "spill_dir" if value == "none" => self.spill_dir = None,
+            "spill_dir" => self.spill_dir = Some(SpillDir::new(value).ok_or(bad(key.values))?),
+            "spill_limit" if value == "none" => self.spill_limit = u64::MAX,
+            "spill_limit" => self.spill_limit = parse_size(value).ok_or(bad(key.values))? as u64,
             "io_dram" => self.io_dram = value.parse().map_err(|_| bad(key.values))?,
             "promote" => self.promote = parse_size(value).ok_or(bad(key.values))? as u64,
             "decay" => self.decay_ms = value.parse().map_err(|_| bad(key.values))?,
@@ -159,6 +182,37 @@ impl Config {
         let items = text.split(',').filter(|item| !item.trim().is_empty());
         let refused = items.filter(|item| config.set(item).is_err()).count();
         (config, refused as u32)
+    }
+}
+
+/// An absolute path to a directory, inline: settings are read without a heap.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct SpillDir([u8; Self::MAX + 1]);
+
+impl SpillDir {
+    /// Bytes that the path may have.
+    pub const MAX: usize = 255;
+
+    /// `None`: it is not absolute, or too long.
+    pub fn new(path: &str) -> Option<Self> {
+        let mut bytes = [0; Self::MAX + 1];
+        let fits = path.starts_with('/') && path.len() <= Self::MAX && !path.contains('\0');
+        if !fits {
+            return None;
+        }
+        bytes[..path.len()].copy_from_slice(path.as_bytes());
+        Some(Self(bytes))
+    }
+
+    /// The path.
+    pub fn as_c_str(&self) -> &CStr {
+        CStr::from_bytes_until_nul(&self.0).unwrap_or(c"/")
+    }
+}
+
+impl fmt::Debug for SpillDir {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.as_c_str().fmt(f)
     }
 }
 
@@ -311,6 +365,9 @@ mod tests {
             (config.decay_ms, config.return_after_ms, config.verbose),
             (10, 0, true)
         );
+        let config = Config::read("spill_dir:/var/tmp,spill_limit:3G").0;
+        assert_eq!(config.spill_dir.unwrap().as_c_str(), c"/var/tmp");
+        assert_eq!(config.spill_limit, 3 << 30);
         assert_eq!(Config::read("").0, Config::DEFAULT);
         for (text, placement) in [
             ("placement:dc", Placement::Dc),
@@ -354,6 +411,8 @@ mod tests {
             "verbose:yes",
             "verbose",
             "placement:interleave=1",
+            "spill_dir:relative",
+            "spill_limit:much",
         ] {
             assert!(config.set(bad).is_err(), "{bad}");
         }

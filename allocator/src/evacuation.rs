@@ -1,16 +1,20 @@
 //! Moving live granules: off extents that are recalled, and back.
 //!
-//! Runs on the heap's worker thread alone, which owns the [`Mover`]. It never
-//! allocates, and holds no lock while it moves.
+//! Runs on the heap's worker thread and, where granules are spilled, on its
+//! restorer, one at a time. It never allocates, and calls nothing that takes a
+//! lock of the engine: a thread may hold one while it waits for a granule.
 
 use core::ops::Range;
 use core::time::Duration;
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use crate::heap::Heap;
 use crate::source::{ExtentSource, Recall, Refusal};
-use crate::space::rebind::{Monitor, Mover, RUN, RebindError, StallHistogram, Taken};
-use crate::space::{GRANULE, Leaving, Move};
+use crate::space::rebind::Taken;
+use crate::space::rebind::{self, Memory, Monitor, Mover, RUN, RebindError, Spare, StallHistogram};
+use crate::space::{Backing, GRANULE, Leaving, Move, PAGES_PER_GRANULE};
+use crate::spill::{Spill, SpillState};
 
 /// The monitor thread's part, which outlives everything.
 static MONITOR: Monitor = Monitor::new();
@@ -22,6 +26,8 @@ pub(crate) struct Evacuated {
     pub(crate) to_extents: u64,
     /// Of granules that are in DRAM now.
     pub(crate) to_dram: u64,
+    /// Of granules that are in the file now.
+    pub(crate) spilled: u64,
     /// Of live pages in them.
     pub(crate) copied: u64,
     /// How long it took.
@@ -32,7 +38,7 @@ pub(crate) struct Evacuated {
 
 impl Evacuated {
     pub(crate) fn bytes(&self) -> u64 {
-        self.to_extents + self.to_dram
+        self.to_extents + self.to_dram + self.spilled
     }
 
     fn granules(&self) -> usize {
@@ -42,6 +48,7 @@ impl Evacuated {
     fn add(&mut self, more: &Self) {
         self.to_extents += more.to_extents;
         self.to_dram += more.to_dram;
+        self.spilled += more.spilled;
         self.copied += more.copied;
         self.moving += more.moving;
         self.stopped = more.stopped.or(self.stopped);
@@ -51,16 +58,37 @@ impl Evacuated {
 /// Moves granules of a heap.
 pub(crate) struct Evacuator {
     mover: Mover,
+    spill: Option<Spill>,
 }
+
+// SAFETY: a mover must not leave the threads that share its descriptor table;
+// worker and restorer do, and nobody else gets hold of it.
+unsafe impl Send for Evacuator {}
 
 impl Evacuator {
     /// Takes what it needs of the calling thread, which must be the worker.
     /// `None`: no userfaultfd, or one that can't block the kernel's own
     /// accesses: system calls of the program would fail with EFAULT, and so
     /// nothing is moved.
-    pub(crate) fn start(source: &dyn ExtentSource) -> Option<Self> {
+    pub(crate) fn start(heap: &Heap, source: &dyn ExtentSource) -> Option<Self> {
         let mover = Mover::start(&MONITOR, source.userfaultfd()).ok()?;
-        mover.takes_kernel_faults().then_some(Self { mover })
+        if !mover.takes_kernel_faults() {
+            return None;
+        }
+        let dir = heap.config().spill_dir;
+        let spill = dir.and_then(|dir| Spill::open(dir.as_c_str(), heap.space().granules()).ok());
+        heap.note_spill(match (&dir, &spill) {
+            (None, _) => SpillState::Off,
+            (_, None) => SpillState::Unusable,
+            (_, Some(spill)) if spill.has_ring() => SpillState::Ring,
+            _ => SpillState::NoRing,
+        });
+        Some(Self { mover, spill })
+    }
+
+    /// Readable when threads began to wait; `None` if nothing is ever spilled.
+    pub(crate) fn bell(&self) -> Option<BorrowedFd<'_>> {
+        self.spill.as_ref().map(|_| self.mover.bell())
     }
 
     /// How long threads waited for granules.
@@ -83,6 +111,7 @@ impl Evacuator {
             granules: usize::MAX,
             to_extents: true,
             dram: 0,
+            spill: 0,
         };
         let mut done = Evacuated::default();
         while done.bytes() < recall.bytes {
@@ -91,15 +120,20 @@ impl Evacuator {
                 break;
             }
             let left = ((recall.bytes - done.bytes()) as usize).div_ceil(GRANULE);
+            self.restore_wanted(heap, source);
             let dram = heap.dram_allowance();
+            let spill = self.spill.as_ref().map(|_| heap.spill_allowance());
             let Some(picked) = heap.space().pick_leaving(Leaving {
                 granules: left,
                 dram,
+                spill: spill.unwrap_or(0),
                 ..leaving
             }) else {
-                done.stopped = (dram < GRANULE as u64)
-                    .then_some(Refusal::NoDram)
-                    .or(done.stopped);
+                let lacks = match spill {
+                    None => Refusal::NoDram,
+                    Some(_) => Refusal::SpillFull,
+                };
+                done.stopped = (dram < GRANULE as u64).then_some(lacks).or(done.stopped);
                 break;
             };
             let moved = self.carry_out(heap, source, picked);
@@ -118,10 +152,17 @@ impl Evacuator {
             granules: usize::MAX,
             to_extents: false,
             dram: u64::MAX,
+            spill: 0,
         };
         while let Some(picked) = heap.space().pick_leaving(leaving) {
             let moved = self.carry_out(heap, source, picked);
             heap.note_evacuated(moved.granules());
+        }
+        // A child would find nothing where they are.
+        while let Some(granule) = heap.space().next_spilled() {
+            if !self.restore(heap, source, granule, false) {
+                break;
+            }
         }
     }
 
@@ -129,6 +170,13 @@ impl Evacuator {
     /// ones; how many.
     pub(crate) fn bring_back(&mut self, heap: &Heap, source: &dyn ExtentSource) -> usize {
         let (mut moved, most) = (0, heap.back_per_tick());
+        while moved < most
+            && heap.space().pooled() > 0
+            && let Some(granule) = heap.space().next_spilled()
+            && self.restore(heap, source, granule, true)
+        {
+            moved += 1;
+        }
         while moved < most
             && let Some(picked) = heap.space().pick_returning(most - moved)
         {
@@ -147,12 +195,16 @@ impl Evacuator {
         let start = Instant::now();
         let all = picked.granules();
         let mut stayed = [None; RUN];
-        self.rebind(&picked, 0..all, &mut stayed);
+        let mut go = |some, stayed: &mut _| match picked.is_spill() {
+            true => self.spill(&picked, some, stayed),
+            false => self.rebind(&picked, some, stayed),
+        };
+        go(0..all, &mut stayed);
         if all > 1 && stayed[..all].iter().all(Option::is_some) {
             // One that can't be moved holds up its neighbours.
             stayed = [None; RUN];
             for i in 0..all {
-                self.rebind(&picked, i..i + 1, &mut stayed);
+                go(i..i + 1, &mut stayed);
             }
         }
         let stopped = stayed.iter().copied().flatten().last();
@@ -163,6 +215,7 @@ impl Evacuator {
         Evacuated {
             to_extents: (ended.to_extents * GRANULE) as u64,
             to_dram: (ended.to_dram * GRANULE) as u64,
+            spilled: (ended.spilled * GRANULE) as u64,
             copied: ended.copied,
             moving: start.elapsed(),
             stopped,
@@ -182,20 +235,164 @@ impl Evacuator {
             // when nothing more could be handed out.
             unsafe { self.mover.rebind(at, &steps[some]) }
         });
-        let (which, why) = match result {
-            Ok(_) => return,
-            Err(RebindError::Partly { stayed, .. }) => (stayed, Refusal::NoDram),
-            Err(RebindError::NoMemory(_)) => (all, Refusal::NoDram),
-            Err(RebindError::Changed { .. }) => (all, Refusal::MappingChanged),
-            Err(RebindError::Stuck { taken, moved, .. }) => {
+        if let Err(error) = result {
+            let (which, why) = self.reason(error, all);
+            for i in (0..RUN - first).filter(|i| which & (1 << i) != 0) {
+                stayed[first + i] = Some(why);
+            }
+        }
+    }
+
+    /// What to say of a run of granules of which `all` were to move: a bit for
+    /// each that stayed, and why.
+    fn reason(&mut self, error: RebindError, all: u32) -> (u32, Refusal) {
+        match error {
+            RebindError::Partly { stayed, .. } => (stayed, Refusal::NoDram),
+            RebindError::NoMemory(_) => (all, Refusal::NoDram),
+            RebindError::Changed { .. } => (all, Refusal::MappingChanged),
+            RebindError::Stuck { taken, moved, .. } => {
                 self.insist(taken);
                 (all & !moved, Refusal::NoDram)
             }
-            Err(_) => (all, Refusal::CannotMove),
-        };
-        for i in (0..RUN - first).filter(|i| which & (1 << i) != 0) {
-            stayed[first + i] = Some(why);
+            _ => (all, Refusal::CannotMove),
         }
+    }
+
+    /// Writes some granules of a move to the file and leaves them behind their
+    /// placeholders; says in `stayed` of each that is where it was why.
+    fn spill(&mut self, picked: &Move, some: Range<usize>, stayed: &mut [Option<Refusal>; RUN]) {
+        let first = some.start;
+        let at = picked.addr() + first * GRANULE;
+        let mut from = [Memory::Dram; RUN];
+        let mut readable = Ok(());
+        picked.with_steps(|steps| {
+            for (from, step) in from.iter_mut().zip(&steps[some.clone()]) {
+                *from = step.from;
+                if let Memory::Extent(alias) = step.from {
+                    readable = readable.and(rebind::readable(alias, step.live));
+                }
+            }
+        });
+        let why = match (readable, &self.spill) {
+            (Err(_), _) | (_, None) => Err(Refusal::CannotMove),
+            // SAFETY: as in `rebind`.
+            _ => match unsafe { self.mover.take(at, &from[..some.len()]) } {
+                Ok(taken) => self.write(picked, some.clone(), taken),
+                Err(error) => Err(self.reason(error, 0).1),
+            },
+        };
+        if let Err(why) = why {
+            stayed[some].fill(Some(why));
+        }
+    }
+
+    /// Writes what was taken to the file, or gives it back.
+    fn write(&mut self, picked: &Move, some: Range<usize>, taken: Taken) -> Result<(), Refusal> {
+        let Some(spill) = &mut self.spill else {
+            self.insist(taken);
+            return Err(Refusal::CannotMove);
+        };
+        let granules = some.clone().map(|i| {
+            let content = taken.content(i - some.start);
+            (picked.index() + i, content, picked.live(i))
+        });
+        // SAFETY: content that was taken is nobody's to write to, and what is
+        // live of it could be read just now.
+        if unsafe { spill.write(granules) }.is_ok() {
+            // The granules stay behind their placeholders.
+            drop(taken);
+            return Ok(());
+        }
+        // SAFETY: nobody wrote to the old backing.
+        if let Err(RebindError::Stuck { taken, .. }) = unsafe { self.mover.put_back(taken) } {
+            self.insist(taken);
+        }
+        Err(Refusal::SpillFailed)
+    }
+
+    /// Brings every spilled granule back that a thread waits for. `false`:
+    /// there is no memory for some, and they still wait.
+    pub(crate) fn restore_wanted(&mut self, heap: &Heap, source: &dyn ExtentSource) -> bool {
+        if self.spill.is_none() {
+            return true;
+        }
+        while let Some(granule) = self.mover.wanted(heap.space().range()) {
+            if heap.space().backing_of(granule) != Some(Backing::Spilled) {
+                self.mover.dismiss(granule);
+            } else if !self.restore(heap, source, granule, true) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Brings a spilled granule back, to an extent if one is unused and
+    /// `to_extents` says so. `false`: there is no memory for it at present.
+    fn restore(
+        &mut self,
+        heap: &Heap,
+        source: &dyn ExtentSource,
+        granule: usize,
+        to_extents: bool,
+    ) -> bool {
+        let Some(spill) = &self.spill else {
+            return false;
+        };
+        let Some(picked) = heap.space().pick_restoring(granule, to_extents) else {
+            return true;
+        };
+        let (index, live) = (picked.index(), *picked.live(0));
+        // SAFETY: extents lie in the window, which is a shared mapping.
+        let spare = picked.with_steps(|steps| unsafe { Spare::prepare(steps) });
+        let mut stayed = [Some(Refusal::NoDram); RUN];
+        let mut lost = None;
+        if let Ok(mut spare) = spare {
+            // SAFETY: a spare is nobody's.
+            match unsafe { spill.read(index, spare.granule(0), &live) } {
+                Ok(()) => {
+                    // SAFETY: a spilled granule is taken, and this is what was
+                    // live of it.
+                    let given = unsafe { self.mover.give(granule, &mut spare, 0) };
+                    if given.is_ok() {
+                        stayed[0] = None;
+                    }
+                }
+                Err(error) => lost = Some(error),
+            }
+        }
+        if let Some(error) = lost {
+            // SAFETY: as above; a mapping of its own that raises SIGBUS.
+            if unsafe { self.mover.give_shared(granule, spill.dead()) }.is_ok() {
+                heap.space().lose_spilled(granule);
+                heap.note_spill_lost(error);
+            }
+        }
+        let back = stayed[0].is_none();
+        if back || lost.is_some() {
+            spill.drop_pages(index, 0..PAGES_PER_GRANULE);
+        }
+        let ended = heap.space().end_move(picked, &stayed);
+        if !ended.freed.is_empty() {
+            source.give_back(&ended.freed);
+        }
+        heap.note_restored(usize::from(back));
+        back || lost.is_some()
+    }
+
+    /// Gives the file's blocks of what the program has freed back.
+    pub(crate) fn sweep(&mut self, heap: &Heap) {
+        let Some(spill) = &self.spill else {
+            return;
+        };
+        let mover = &mut self.mover;
+        heap.space().sweep_spilled(|index, pages, bare| {
+            for run in pages.runs() {
+                spill.drop_pages(index, run);
+            }
+            if bare {
+                mover.forget();
+            }
+        });
     }
 
     /// The kernel has memory for neither mapping: threads wait until it has

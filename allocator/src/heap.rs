@@ -19,6 +19,7 @@ use crate::placement::{OnExhausted, Placement};
 use crate::service::Service;
 use crate::source::ExtentSource;
 use crate::space::{GRANULE, PAGE, Space, Tier};
+use crate::spill::{self, ReadError, SpillState};
 use crate::stats::Stats;
 use crate::sync::{Guard, Lock, Signal};
 
@@ -80,6 +81,9 @@ pub struct Heap {
     exhausted: AtomicU64,
     evacuated: AtomicU64,
     promoted: AtomicU64,
+    restored: AtomicU64,
+    spill_lost: AtomicU64,
+    spill_state: AtomicU32,
     forks: Lock<()>,
     /// Live granules that forks left out.
     unforked: AtomicU64,
@@ -108,6 +112,9 @@ impl Heap {
             exhausted: AtomicU64::new(0),
             evacuated: AtomicU64::new(0),
             promoted: AtomicU64::new(0),
+            restored: AtomicU64::new(0),
+            spill_lost: AtomicU64::new(0),
+            spill_state: AtomicU32::new(0),
             forks: Lock::new(()),
             unforked: AtomicU64::new(0),
             reconnect: OnceLock::new(),
@@ -481,6 +488,14 @@ impl Heap {
             evacuated: self.evacuated.load(Ordering::Relaxed),
             promoted: self.promoted.load(Ordering::Relaxed),
             unforked: self.unforked.load(Ordering::Relaxed),
+            restored: self.restored.load(Ordering::Relaxed),
+            spill_lost: self.spill_lost.load(Ordering::Relaxed),
+            spill: match self.spill_state.load(Ordering::Relaxed) {
+                1 => SpillState::Unusable,
+                2 => SpillState::NoRing,
+                3 => SpillState::Ring,
+                _ => SpillState::Off,
+            },
             unknown_settings: self.unknown_settings.load(Ordering::Relaxed),
             ..Stats::default()
         };
@@ -501,6 +516,27 @@ impl Heap {
             .dram_limit
             .saturating_sub(held)
             .min(headroom())
+    }
+
+    /// Bytes that may still be spilled.
+    pub(crate) fn spill_allowance(&self) -> u64 {
+        let spilled = self.space.usage().spilled;
+        self.config().spill_limit.saturating_sub(spilled)
+    }
+
+    pub(crate) fn note_spill(&self, state: SpillState) {
+        self.spill_state.store(state as u32, Ordering::Relaxed);
+    }
+
+    pub(crate) fn note_restored(&self, granules: usize) {
+        self.restored.fetch_add(granules as u64, Ordering::Relaxed);
+    }
+
+    /// A granule did not come back. Said on stderr whatever `verbose` says:
+    /// whoever touches it is about to get SIGBUS.
+    pub(crate) fn note_spill_lost(&self, error: ReadError) {
+        self.spill_lost.fetch_add(1, Ordering::Relaxed);
+        spill::complain(error);
     }
 
     /// Granules that may come back to extents in one tick of the worker.
@@ -563,6 +599,8 @@ impl Heap {
             &self.exhausted,
             &self.evacuated,
             &self.promoted,
+            &self.restored,
+            &self.spill_lost,
             &self.unforked,
         ] {
             counter.store(0, Ordering::Relaxed);

@@ -3,6 +3,7 @@
 
 use crate::space::Usage;
 use crate::space::rebind::StallHistogram;
+use crate::spill::SpillState;
 
 /// A heap at one moment. All in bytes unless the name says otherwise.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,6 +38,12 @@ pub struct Stats {
     /// Live granules that could not be moved off extents before a fork, and so
     /// are missing in the child (a count, over all forks).
     pub unforked: u64,
+    /// Granules that came back from the file (a count).
+    pub restored: u64,
+    /// Granules that did not: whoever touches them gets SIGBUS (a count).
+    pub spill_lost: u64,
+    /// Whether granules can be spilled.
+    pub spill: SpillState,
     /// Live granules can be moved at all: there is a userfaultfd.
     pub moves_live: bool,
     /// How long threads waited for granules that moved.

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use dax_backend::broker::admin::Added;
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
-    DEGRADED_NO_WINDOW,
+    DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW,
 };
 use dax_backend::broker::receipt::Receipt;
 use dax_backend::broker::status::{ProcessReport, RunReport, Status};
@@ -304,6 +304,8 @@ pub(crate) fn degraded(flags: u64) -> Vec<&'static str> {
         (DEGRADED_NO_REBIND, "can't move live memory"),
         (DEGRADED_EXHAUSTED, "extents ran out"),
         (DEGRADED_CONFIG, "settings were ignored"),
+        (DEGRADED_NO_SPILL, "can't make a file in spill_dir"),
+        (DEGRADED_NO_RING, "spills one write at a time (no io_uring)"),
     ]
     .into_iter()
     .filter_map(|(flag, says)| (flags & flag != 0).then_some(says))

@@ -15,7 +15,9 @@ use allocator::Placement;
 use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 use dax_backend::broker::admin::{AdminClient, AdminReply, AdminRequest};
-use dax_backend::broker::client_page::{DEGRADED_DISCONNECTED, DEGRADED_NO_WINDOW};
+use dax_backend::broker::client_page::{
+    DEGRADED_DISCONNECTED, DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW,
+};
 use dax_backend::broker::status::RunReport;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
@@ -317,6 +319,10 @@ fn report(options: &Options, socket: &Path, run: Uuid, placement: Placement) -> 
         complain(
             "the program lost the broker, or could not map its memory: part of it ran on DRAM",
         );
+    } else if degraded & DEGRADED_NO_SPILL != 0 {
+        complain("the program could make no file in spill_dir, and so spilled nothing");
+    } else if degraded & DEGRADED_NO_RING != 0 {
+        complain("io_uring is denied: the program spilled with one write at a time");
     }
     if let Some(format) = options.stats
         && let Err(error) = write_statistics(&report, format, options.stats_file.as_deref())

@@ -11,6 +11,7 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use allocator::SpillState;
 use allocator::source::{
     Event, ExtentSource, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome, Refusal, WindowRange,
 };
@@ -19,6 +20,7 @@ use allocator::stats::Stats;
 use dax_backend::broker::client::{ConnectError, Welcome};
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
+    DEGRADED_NO_RING, DEGRADED_NO_SPILL,
 };
 use dax_backend::broker::protocol::{RefusalReason, WindowRange as WireRange};
 use dax_backend::broker::{
@@ -234,6 +236,8 @@ impl ExtentSource for BrokerSource {
             (stats.exhausted > 0, DEGRADED_EXHAUSTED),
             (!stats.moves_live, DEGRADED_NO_REBIND),
             (stats.unknown_settings > 0, DEGRADED_CONFIG),
+            (stats.spill == SpillState::Unusable, DEGRADED_NO_SPILL),
+            (stats.spill == SpillState::NoRing, DEGRADED_NO_RING),
             (self.lost.load(Ordering::Relaxed) > 0, DEGRADED_DISCONNECTED),
         ];
         let flags = degraded
@@ -263,6 +267,9 @@ impl ExtentSource for BrokerSource {
             (&page.evacuated_granules, stats.evacuated),
             (&page.promoted_granules, stats.promoted),
             (&page.unforked_granules, stats.unforked),
+            (&page.spilled_granules, usage.spilled_held / granule),
+            (&page.restored_granules, stats.restored),
+            (&page.spill_lost_granules, stats.spill_lost),
             (&page.move_stall_max_ns, stats.stalls.max),
             (&page.exhausted_count, stats.exhausted),
             (&page.config_unknown_keys, u64::from(stats.unknown_settings)),

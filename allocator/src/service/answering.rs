@@ -6,22 +6,15 @@ use std::time::Instant;
 
 use super::Service;
 use crate::arena::callbacks;
-use crate::evacuation::Evacuator;
 use crate::heap::Heap;
 use crate::source::{ExtentSource, Recall, RecallOutcome, Refusal};
 
 impl Service {
     /// Does what a recall asks as far as it can, and says what came of it; at
     /// the deadline if the work is to go on after it, and at the end.
-    pub(super) fn answer(
-        &self,
-        heap: &'static Heap,
-        source: &dyn ExtentSource,
-        recall: &Recall,
-        evacuator: &mut Option<Evacuator>,
-    ) {
+    pub(super) fn answer(&self, heap: &'static Heap, source: &dyn ExtentSource, recall: &Recall) {
         let until = Instant::now() + recall.deadline;
-        let mut done = self.chain(heap, source, recall, Some(until), evacuator);
+        let mut done = self.chain(heap, source, recall, Some(until));
         let mut asked = recall.bytes;
         if recall.past_deadline && done.refused.of(Refusal::Deadline) > 0 {
             done.more = true;
@@ -32,7 +25,7 @@ impl Service {
                 ..*recall
             };
             asked = rest.bytes;
-            done = self.chain(heap, source, &rest, None, evacuator);
+            done = self.chain(heap, source, &rest, None);
         }
         debug_assert!(done.refused.bytes() <= asked);
         self.count_recall([1, recall.bytes, done.returned(), done.refused.bytes()]);
@@ -53,7 +46,6 @@ impl Service {
         source: &dyn ExtentSource,
         recall: &Recall,
         until: Option<Instant>,
-        evacuator: &mut Option<Evacuator>,
     ) -> RecallOutcome {
         let mut out = RecallOutcome::default();
         let rest = |out: &RecallOutcome| Recall {
@@ -76,13 +68,14 @@ impl Service {
         }
         let mut stopped = Some(Refusal::CannotMove);
         if rest(&out).bytes > 0
-            && let Some(evacuator) = evacuator
+            && let Some(evacuator) = self.evacuator.lock().as_mut()
         {
             let before = evacuator.stalls();
             let moved = evacuator.recall(heap, source, &rest(&out), until);
             stopped = moved.stopped;
             out.to_extents = moved.to_extents;
             out.to_dram = moved.to_dram;
+            out.spilled = moved.spilled;
             out.copied = moved.copied;
             out.moving = moved.moving;
             let after = evacuator.stalls();

@@ -14,6 +14,7 @@ use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use core::time::Duration;
 use rustix::io::Errno;
 
+use crate::evacuation::Evacuator;
 use crate::heap::Heap;
 use crate::source::{ExtentSource, Recall};
 use crate::stats::{Stalls, Stats};
@@ -50,6 +51,8 @@ pub(crate) struct Service {
     forking: Signal,
     /// Live granules can be moved.
     moves: AtomicBool,
+    /// What moves them.
+    evacuator: Lock<Option<Evacuator>>,
     stalls: Lock<Stalls>,
     /// How far system calls were restricted when this child was made.
     sandbox: AtomicI32,
@@ -77,6 +80,7 @@ impl Service {
             fork: AtomicU32::new(RUNNING),
             forking: Signal::new(),
             moves: AtomicBool::new(false),
+            evacuator: Lock::new(None),
             stalls: Lock::new(Stalls::NONE),
             sandbox: AtomicI32::new(0),
         }
@@ -130,7 +134,10 @@ impl Service {
             self.source.force_unlock();
             self.recalls.force_unlock();
             self.stalls.force_unlock();
+            self.evacuator.force_unlock();
         }
+        // Its descriptors are the parent's.
+        core::mem::forget(self.evacuator.lock().take());
         *self.source.lock() = None;
         *self.recalls.lock() = [None; RECALLS];
         *self.stalls.lock() = Stalls::NONE;
@@ -174,6 +181,14 @@ impl Service {
         {
             source.publish(&heap.stats());
         }
+    }
+
+    /// Sets what moves granules; whether it can spill some.
+    fn take_up(&self, evacuator: Option<Evacuator>) -> bool {
+        self.moves.store(evacuator.is_some(), Ordering::Release);
+        let spills = evacuator.as_ref().is_some_and(|e| e.bell().is_some());
+        *self.evacuator.lock() = evacuator;
+        spills
     }
 
     fn take_recall(&self) -> Option<Recall> {

@@ -7,7 +7,6 @@ use core::time::Duration;
 use std::time::Instant;
 
 use super::{RUNNING, STOP, STOPPED, Service, TICK_QUIET};
-use crate::evacuation::Evacuator;
 use crate::heap::Heap;
 use crate::source::ExtentSource;
 
@@ -45,16 +44,11 @@ impl Service {
     }
 
     /// The worker's side of [`Service::stop`].
-    pub(super) fn stand_still(
-        &self,
-        heap: &Heap,
-        source: &dyn ExtentSource,
-        evacuator: &mut Option<Evacuator>,
-    ) -> bool {
+    pub(super) fn stand_still(&self, heap: &Heap, source: &dyn ExtentSource) -> bool {
         if self.fork.load(Ordering::Acquire) != STOP {
             return false;
         }
-        if let Some(evacuator) = evacuator {
+        if let Some(evacuator) = self.evacuator.lock().as_mut() {
             evacuator.clear(heap, source);
         }
         let _ = self

@@ -4,7 +4,9 @@ use core::ffi::c_void;
 use core::ptr::null_mut;
 use core::sync::atomic::Ordering;
 use core::time::Duration;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
 
 use super::{TICK, TICK_QUIET};
@@ -17,6 +19,8 @@ use crate::thread::{self, Main};
 /// the source says that it has more: what was just given back is not asked for
 /// in the same breath.
 const RESTRAINT: u32 = 20;
+/// When there was no memory to bring a granule back to, that is tried again.
+const RETRY: Duration = Duration::from_millis(10);
 /// Room for the thread-locals of the program and its libraries, which share
 /// the stack's mapping, besides a few pages of our own.
 const STACK: usize = 512 << 10;
@@ -36,14 +40,13 @@ pub(super) extern "C" fn worker(heap: *mut c_void) -> *mut c_void {
     };
     let _ = rustix::thread::set_name(c"dcmalloc");
     source.adopt_thread();
-    let evacuator = Evacuator::start(source);
-    service.moves.store(evacuator.is_some(), Ordering::Release);
+    let spills = service.take_up(Evacuator::start(heap, source));
     // Without it nothing would be heard; then the heap has no source.
-    if spawn(listener, heap).is_err() {
+    if spawn(listener, heap).is_err() || (spills && spawn(restorer, heap).is_err()) {
         service.closed(heap);
     }
     service.adopted.raise();
-    work(heap, source, evacuator)
+    work(heap, source)
 }
 
 /// The worker of a forked child: it finds the source itself. What it allocates
@@ -62,37 +65,34 @@ pub(super) extern "C" fn newborn(heap: *mut c_void) -> *mut c_void {
     if unsafe { heap.space().open_window(addr, len) }.is_err() {
         return null_mut();
     }
-    let evacuator = Evacuator::start(source);
+    let evacuator = Evacuator::start(heap, source);
+    let spills;
     {
         // A fork before this needs no worker, one after it finds it ready.
         let _guard = heap.no_fork();
         *service.source.lock() = Some(source);
-        service.moves.store(evacuator.is_some(), Ordering::Release);
+        spills = service.take_up(evacuator);
         service.running.store(true, Ordering::Release);
         service.alive.store(true, Ordering::Release);
     }
-    if spawn(listener, heap).is_err() {
+    if spawn(listener, heap).is_err() || (spills && spawn(restorer, heap).is_err()) {
         service.closed(heap);
     } else {
         heap.space().set_exhausted(false);
         heap.expect_extents();
     }
-    work(heap, source, evacuator)
+    work(heap, source)
 }
 
 /// What the worker does for as long as the process lives.
-fn work(
-    heap: &'static Heap,
-    source: &'static dyn ExtentSource,
-    mut evacuator: Option<Evacuator>,
-) -> ! {
+fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
     let service = heap.service();
     let (mut quiet, mut restraint) = (0, 0u32);
     let mut before = heap.space().usage();
     let mut last_tick = Instant::now();
     loop {
         let seen = heap.wanted().read();
-        if service.stand_still(heap, source, &mut evacuator) || service.trimmed(heap, source) {
+        if service.stand_still(heap, source) || service.trimmed(heap, source) {
             restraint = RESTRAINT;
         }
         if service.plenty.swap(false, Ordering::AcqRel) {
@@ -101,7 +101,7 @@ fn work(
         while let Some(recall) = service.take_recall() {
             // What threads lacked may be met by now; who still waits says so.
             heap.demand().store(0, Ordering::Release);
-            service.answer(heap, source, &recall, &mut evacuator);
+            service.answer(heap, source, &recall);
             heap.lent().raise();
             restraint = RESTRAINT;
         }
@@ -119,18 +119,49 @@ fn work(
         restraint = restraint.saturating_sub(1);
         heap.space().tick();
         heap.decay_extents();
-        if service.is_running() {
-            if restraint == 0
-                && let Some(evacuator) = &mut evacuator
-            {
+        if let Some(evacuator) = service.evacuator.lock().as_mut() {
+            evacuator.sweep(heap);
+            if restraint == 0 && service.is_running() {
                 evacuator.bring_back(heap, source);
             }
+        }
+        if service.is_running() {
             service.give_back_surplus(heap, source);
         }
         let now = heap.space().usage();
         quiet = if now == before { quiet + 1 } else { 0 };
         before = now;
         source.publish(&heap.stats());
+    }
+}
+
+/// Brings spilled granules back when they are touched. A thread of its own,
+/// because the worker calls the engine, whose locks a thread may hold that
+/// waits for such a granule.
+extern "C" fn restorer(heap: *mut c_void) -> *mut c_void {
+    // SAFETY: `spawn` passed a heap that lives for ever.
+    let heap: &'static Heap = unsafe { &*heap.cast::<Heap>() };
+    let service = heap.service();
+    let _ = rustix::thread::set_name(c"dcmalloc-back");
+    let bell = service.evacuator.lock().as_ref().and_then(|evacuator| {
+        let bell = evacuator.bell()?;
+        Some(bell.as_raw_fd())
+    });
+    let (Some(bell), Some(source)) = (bell, service.source()) else {
+        return null_mut();
+    };
+    // SAFETY: the evacuator stays, and its mover never closes the bell.
+    let bell = unsafe { BorrowedFd::borrow_raw(bell) };
+    let mut all = true;
+    loop {
+        if all {
+            let _ = poll(&mut [PollFd::from_borrowed_fd(bell, PollFlags::IN)], None);
+        } else {
+            std::thread::sleep(RETRY);
+        }
+        if let Some(evacuator) = service.evacuator.lock().as_mut() {
+            all = evacuator.restore_wanted(heap, source);
+        }
     }
 }
 

@@ -184,6 +184,10 @@ impl State {
                 }
                 self.usage.dram_live -= bytes;
             }
+            Backing::Spilled => {
+                self.usage.spilled -= bytes;
+                self.spilled_freed = true;
+            }
             Backing::None | Backing::Lost => {}
         }
         self.set_gap(index);
@@ -220,9 +224,10 @@ impl State {
         true
     }
 
-    /// The first run of neighbours on extents from a granule on.
+    /// The first run of neighbours on extents, or spilled, from a granule on.
     pub(super) fn next_extents(&self, from: usize) -> Option<Range<usize>> {
-        let on_extent = |index: &usize| matches!(self.granule(*index).backing, Backing::Extent(_));
+        let away = |backing| matches!(backing, Backing::Extent(_) | Backing::Spilled);
+        let on_extent = |index: &usize| away(self.granule(*index).backing);
         let first = (from..self.high).find(on_extent)?;
         let len = (first..self.high).take_while(on_extent).count();
         Some(first..first + len)

@@ -21,6 +21,9 @@ pub enum Backing {
     Extent(u64),
     /// Anonymous memory.
     Dram,
+    /// A file, and a placeholder on which every access waits until the content
+    /// is back: always in flight.
+    Spilled,
     /// An extent that a forked child does not have: inaccessible.
     Lost,
 }
@@ -148,7 +151,7 @@ impl Granule {
     /// The longest run of pages that can be handed out now.
     pub(super) fn gap(&self) -> usize {
         match self.backing {
-            Backing::None | Backing::Lost => 0,
+            Backing::None | Backing::Spilled | Backing::Lost => 0,
             _ if self.in_flight => 0,
             _ => self.live.longest_gap(),
         }

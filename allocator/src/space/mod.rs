@@ -21,6 +21,7 @@ mod moving;
 mod pagemap;
 mod pool;
 pub mod rebind;
+mod spilled;
 mod table;
 
 use core::sync::atomic::{
@@ -63,6 +64,10 @@ pub struct Usage {
     pub dram_held: u64,
     /// Of `extent_held`: leased and unused, mapped or not.
     pub idle: u64,
+    /// In use by the engine, in the file.
+    pub spilled: u64,
+    /// Granules of which the content is in the file.
+    pub spilled_held: u64,
     /// The most that `extent_live + dram_live` ever was.
     pub live_peak: u64,
     /// What `extent_live` was at that moment.
@@ -85,6 +90,8 @@ impl Usage {
         extent_held: 0,
         dram_held: 0,
         idle: 0,
+        spilled: 0,
+        spilled_held: 0,
         live_peak: 0,
         extent_live_at_peak: 0,
         extent_live_peak: 0,
@@ -95,7 +102,7 @@ impl Usage {
 
     /// Remembers the highest water.
     fn note_peaks(&mut self) {
-        let live = self.extent_live + self.dram_live;
+        let live = self.extent_live + self.dram_live + self.spilled;
         if live > self.live_peak {
             self.live_peak = live;
             self.extent_live_at_peak = self.extent_live;
@@ -315,6 +322,11 @@ impl Space {
             .alloc_within(domain.into(), pages, align / PAGE)
     }
 
+    /// How many granules the reserved addresses hold.
+    pub fn granules(&self) -> usize {
+        self.state.lock().granules
+    }
+
     /// Whether the reserved addresses could hold `granules` at all.
     pub fn has_room_for(&self, granules: usize) -> bool {
         granules <= self.state.lock().granules
@@ -457,12 +469,17 @@ impl Space {
     }
 
     /// Bytes of lent granules, inside `wanted` or anywhere if that is empty,
-    /// that hold something live.
+    /// that hold something live; in the latter case also of spilled ones.
     pub fn live_bytes_in(&self, wanted: &[WindowRange]) -> u64 {
         let state = self.state.lock();
         let live = (0..state.high).filter(|&i| {
             let granule = state.granule(i);
-            matches!(granule.backing, Backing::Extent(o) if wants(wanted, o)) && !granule.is_idle()
+            let here = match granule.backing {
+                Backing::Extent(offset) => wants(wanted, offset),
+                Backing::Spilled => wanted.is_empty(),
+                _ => false,
+            };
+            here && !granule.is_idle()
         });
         (live.count() * GRANULE) as u64
     }

@@ -35,6 +35,21 @@ impl Move {
         self.len
     }
 
+    /// The number of the first granule.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// What is live of granule `i`.
+    pub fn live(&self, i: usize) -> &LivePages {
+        &self.live[i]
+    }
+
+    /// Whether its granules go to the file.
+    pub fn is_spill(&self) -> bool {
+        self.len > 0 && self.to[0] == Backing::Spilled
+    }
+
     /// Calls `f` with the steps of the rebind.
     pub fn with_steps<T>(&self, f: impl FnOnce(&[Step<'_>]) -> T) -> T {
         let memory = |backing| match backing {
@@ -61,6 +76,8 @@ pub struct Leaving<'a> {
     pub to_extents: bool,
     /// DRAM that may be taken for them, in bytes.
     pub dram: u64,
+    /// Live bytes of them that may be spilled.
+    pub spill: u64,
 }
 
 /// What came of a move.
@@ -72,7 +89,9 @@ pub struct Ended {
     pub to_extents: usize,
     /// Granules that are in DRAM now.
     pub to_dram: usize,
-    /// Live bytes of both.
+    /// Granules that are in the file now.
+    pub spilled: usize,
+    /// Live bytes of all.
     pub copied: u64,
 }
 
@@ -95,9 +114,11 @@ impl Space {
             .filter(|&index| may(&state, index))
             .min_by_key(least)?;
         let mut picked = state.new_move(first);
-        let mut dram = leaving.dram;
+        let (mut dram, mut spill) = (leaving.dram, leaving.spill);
         while picked.len < RUN.min(leaving.granules) && may(&state, first + picked.len) {
-            let other = if leaving.to_extents {
+            let spilling = picked.is_spill();
+            let bytes = u64::from(state.granule(first + picked.len).live.count()) * PAGE as u64;
+            let other = if leaving.to_extents && !spilling {
                 state.pool.take_outside(leaving.wanted)
             } else {
                 None
@@ -107,9 +128,13 @@ impl Space {
                     state.usage.idle -= GRANULE as u64;
                     Backing::Extent(offset)
                 }
-                None if dram >= GRANULE as u64 => {
+                None if dram >= GRANULE as u64 && !spilling => {
                     dram -= GRANULE as u64;
                     Backing::Dram
+                }
+                None if spill >= bytes && (spilling || picked.len == 0) => {
+                    spill -= bytes;
+                    Backing::Spilled
                 }
                 None => break,
             };
@@ -142,14 +167,15 @@ impl Space {
         (picked.len > 0).then_some(picked)
     }
 
-    /// Granules in DRAM for want of extents, which could move.
+    /// Granules in DRAM or spilled for want of extents, which could move.
     pub fn displaced(&self) -> usize {
         let state = self.state.lock();
         let displaced = |&index: &usize| {
             let granule = state.granule(index);
-            granule.tier == Tier::Extent
-                && granule.backing == Backing::Dram
-                && !(granule.by_choice || granule.refused.is_some() || granule.in_flight)
+            granule.backing == Backing::Spilled
+                || granule.tier == Tier::Extent
+                    && granule.backing == Backing::Dram
+                    && !(granule.by_choice || granule.refused.is_some() || granule.in_flight)
         };
         (0..state.high).filter(displaced).count()
     }
@@ -162,6 +188,7 @@ impl Space {
             freed: Ranges::EMPTY,
             to_extents: 0,
             to_dram: 0,
+            spilled: 0,
             copied: 0,
         };
         for (i, stayed) in stayed.iter().enumerate().take(ended.len) {
@@ -169,6 +196,7 @@ impl Space {
                 result.copied += u64::from(ended.live[i].count()) * PAGE as u64;
                 match ended.to[i] {
                     Backing::Extent(_) => result.to_extents += 1,
+                    Backing::Spilled => result.spilled += 1,
                     _ => result.to_dram += 1,
                 }
             }
@@ -233,7 +261,7 @@ impl Space {
 }
 
 impl State {
-    fn new_move(&self, index: usize) -> Move {
+    pub(super) fn new_move(&self, index: usize) -> Move {
         Move {
             index,
             len: 0,
@@ -246,7 +274,7 @@ impl State {
     }
 
     /// Adds the next granule to a move.
-    fn depart(&mut self, picked: &mut Move, to: Backing) {
+    pub(super) fn depart(&mut self, picked: &mut Move, to: Backing) {
         let (index, i) = (picked.index + picked.len, picked.len);
         let granule = self.granule_mut(index);
         granule.in_flight = true;
@@ -266,8 +294,12 @@ impl State {
         } else {
             (ended.from[i], ended.to[i])
         };
+        if self.granule(index).backing == Backing::Lost {
+            // Its content did not come back; what was to take it is unused.
+            return self.unneeded(other);
+        }
         let granule = self.granule_mut(index);
-        granule.in_flight = false;
+        granule.in_flight = now == Backing::Spilled;
         granule.refused = stayed;
         granule.backing = now;
         if moved {
@@ -276,20 +308,8 @@ impl State {
             granule.dirty = PageMap::from_words(ended.live[i].0);
         }
         let live = u64::from(granule.live.count()) * PAGE as u64;
-        let whole = GRANULE as u64;
-        let (was_extent, is_extent) = (
-            matches!(ended.from[i], Backing::Extent(_)),
-            matches!(now, Backing::Extent(_)),
-        );
-        if was_extent && !is_extent {
-            self.usage.extent_live -= live;
-            self.usage.dram_live += live;
-            self.usage.dram_held += whole;
-        } else if !was_extent && is_extent {
-            self.usage.dram_live -= live;
-            self.usage.extent_live += live;
-            self.usage.dram_held -= whole;
-        }
+        self.count_out(ended.from[i], live);
+        self.count_in(now, live);
         if live == 0 {
             self.emptied_in_flight(index, at);
         }
@@ -297,11 +317,58 @@ impl State {
         self.set_gap(index);
         // The one that it left, or the one it was meant for: that may hold
         // copied bytes, and only its lender makes it zeroes again.
-        let Backing::Extent(offset) = other else {
+        self.unneeded(other)
+    }
+
+    /// Books a backing as nobody's; its extent is to be given back.
+    fn unneeded(&mut self, backing: Backing) -> Option<u64> {
+        let Backing::Extent(offset) = backing else {
             return None;
         };
-        self.usage.extent_held -= whole;
+        self.usage.extent_held -= GRANULE as u64;
         Some(offset)
+    }
+
+    fn count_out(&mut self, backing: Backing, live: u64) {
+        let usage = &mut self.usage;
+        match backing {
+            Backing::Extent(_) => usage.extent_live -= live,
+            Backing::Dram => {
+                usage.dram_live -= live;
+                usage.dram_held -= GRANULE as u64;
+            }
+            Backing::Spilled => {
+                usage.spilled -= live;
+                usage.spilled_held -= GRANULE as u64;
+            }
+            Backing::None | Backing::Lost => {}
+        }
+    }
+
+    fn count_in(&mut self, backing: Backing, live: u64) {
+        let usage = &mut self.usage;
+        match backing {
+            Backing::Extent(_) => usage.extent_live += live,
+            Backing::Dram => {
+                usage.dram_live += live;
+                usage.dram_held += GRANULE as u64;
+            }
+            Backing::Spilled => {
+                usage.spilled += live;
+                usage.spilled_held += GRANULE as u64;
+                // What was freed while it was written.
+                self.spilled_freed = true;
+            }
+            Backing::None | Backing::Lost => {}
+        }
+    }
+
+    /// Books a spilled granule whose content did not come back.
+    pub(super) fn lose_spilled(&mut self, index: usize) {
+        let live = u64::from(self.granule(index).live.count()) * PAGE as u64;
+        self.count_out(Backing::Spilled, live);
+        self.granule_mut(index).backing = Backing::Lost;
+        self.granule_mut(index).in_flight = true;
     }
 
     /// What `free_within` puts off while a granule is in flight.

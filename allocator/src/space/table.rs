@@ -38,6 +38,8 @@ pub(super) struct State {
     pub(super) interleaved: u32,
     /// A fork is near: extents take nothing in.
     pub(super) extents_closed: bool,
+    /// Pages of spilled granules were freed, and are in the file still.
+    pub(super) spilled_freed: bool,
     pub(super) tick: u32,
     /// The tick at which granules were last lent: the age of the pool.
     pub(super) lent_at: u32,
@@ -73,6 +75,7 @@ impl State {
         dram_every: 0,
         interleaved: 0,
         extents_closed: false,
+        spilled_freed: false,
         tick: 0,
         lent_at: 0,
     };

@@ -33,6 +33,10 @@ pub const DEGRADED_DISCONNECTED: u64 = 1 << 2;
 pub const DEGRADED_NO_WINDOW: u64 = 1 << 3;
 /// [`ClientPage::degraded_flags`]: the configuration had keys or values that were ignored.
 pub const DEGRADED_CONFIG: u64 = 1 << 4;
+/// [`ClientPage::degraded_flags`]: no file can be made in `spill_dir`.
+pub const DEGRADED_NO_SPILL: u64 = 1 << 5;
+/// [`ClientPage::degraded_flags`]: io_uring is denied, and granules are spilled one write at a time.
+pub const DEGRADED_NO_RING: u64 = 1 << 6;
 
 /// Buckets of [`ClientPage::stalls`].
 pub const STALL_BUCKETS: usize = 24;
@@ -125,7 +129,7 @@ client_page! {
     evacuated_granules,
     /// Granules moved from DRAM to extents.
     promoted_granules,
-    /// Granules spilled to a file.
+    /// Granules of which the content is in a file now.
     spilled_granules,
     /// Times that extents ran out.
     exhausted_count,
@@ -146,6 +150,10 @@ client_page! {
     unforked_granules,
     /// Nanoseconds that threads waited for granules that moved, all together.
     stall_ns,
+    /// Granules that came back from the file.
+    restored_granules,
+    /// Granules whose file did not hold any more what was written.
+    spill_lost_granules,
 }
 
 /// Where in the page the client's key is, 16 bytes: it proves to a broker that

@@ -1,6 +1,18 @@
 //! The copy of a granule.
 
+use super::staging::populate_live;
 use super::{LivePages, PAGE};
+use rustix::io::Errno;
+use rustix::mm::Advice;
+
+/// Whether the live pages of an extent's granule can be read: one that has
+/// gone would raise SIGBUS.
+///
+/// # Errors
+/// `EFAULT`, `ENOMEM` or `EHWPOISON`.
+pub fn readable(alias: usize, live: &LivePages) -> Result<(), Errno> {
+    populate_live(alias, live, Advice::LinuxPopulateRead)
+}
 
 /// Copies the live pages, around the cache: the target need not be read first,
 /// which halves the time of a memcpy, and what the program has in the cache

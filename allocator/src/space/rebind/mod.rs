@@ -46,6 +46,7 @@ mod taken;
 mod uffd;
 mod waiters;
 
+pub use copy::readable;
 pub use error::{RebindError, StartError};
 pub use live::LivePages;
 pub use mapping::Change;

@@ -247,6 +247,23 @@ impl Mover {
         unsafe { self.place(va, &mut spare.staging, i) }
     }
 
+    /// Puts a granule of a shared mapping in place at `va`, as [`give`](Self::give) does.
+    ///
+    /// # Errors
+    /// As [`give`](Self::give).
+    ///
+    /// # Safety
+    /// The granule at `va` is taken; `alias` is a granule of a shared mapping.
+    pub unsafe fn give_shared(&mut self, va: usize, alias: usize) -> Result<(), Errno> {
+        // SAFETY: the caller's.
+        unsafe { self.place_extent(va, alias) }
+    }
+
+    /// A granule that was taken is wanted by nobody any more, and unmapped.
+    pub fn forget(&mut self) {
+        self.away -= 1;
+    }
+
     /// Gives granules that wait their old backing again.
     ///
     /// # Errors
