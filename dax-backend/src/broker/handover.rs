@@ -79,34 +79,21 @@ impl Broker {
     }
 }
 
-/// Books what went back to the device under the steps of the chain: as free if
-/// nobody was asked yet, and otherwise as clients said; what none of them has
-/// claimed was idle.
+/// Books what went back to the device: as free if nobody was asked yet, and
+/// otherwise under the steps of the chain that clients name.
 fn credit(recall: &mut ActiveRecall, released: Vec<DpaRange>, unasked: bool) {
     let bytes: u64 = released.iter().map(|range| range.len).sum();
     let receipt = &mut recall.receipt;
     receipt.returned += bytes;
-    if unasked {
-        receipt.returned_free += bytes;
-    } else {
-        let (said, mut left) = (&mut recall.said, bytes);
-        for (step, said) in [
-            (&mut receipt.returned_purged, &mut said.purged),
-            (&mut receipt.returned_dropped, &mut said.dropped),
-            (&mut receipt.returned_to_extents, &mut said.to_extents),
-            (&mut receipt.returned_to_dram, &mut said.to_dram),
-            (&mut receipt.returned_spilled, &mut said.spilled),
-        ] {
-            let bytes = left.min(*said);
-            *said -= bytes;
-            *step += bytes;
-            left -= bytes;
-        }
-        receipt.returned_idle += left;
-    }
     receipt
         .ranges
         .extend(released.into_iter().map(DpaSpan::from));
+    if unasked {
+        receipt.returned_free += bytes;
+    } else {
+        recall.unsaid += bytes;
+        recall.settle();
+    }
 }
 
 /// An error with its causes, in one line.

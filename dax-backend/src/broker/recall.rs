@@ -143,6 +143,9 @@ pub(super) struct ActiveRecall {
     pub(super) claimed: u64,
     /// What clients say they returned and the device has not taken yet.
     pub(super) said: RecallOutcome,
+    /// Bytes that the device has taken and no client has said a word about yet:
+    /// what clients return goes on at once, their word comes at the end.
+    pub(super) unsaid: u64,
     /// The deadline has passed; only the device is waited for.
     closing: bool,
     /// Marked by this recall, leased or free.
@@ -169,6 +172,33 @@ impl ActiveRecall {
         receipt.copied = receipt.copied.saturating_add(outcome.copied);
         receipt.moving_us = receipt.moving_us.max(outcome.moving_us);
         receipt.stalls.add(&outcome.stalls);
+        self.settle();
+    }
+
+    /// Books what is back under the steps that clients name.
+    pub(super) fn settle(&mut self) {
+        let (receipt, said) = (&mut self.receipt, &mut self.said);
+        for (step, said) in [
+            (&mut receipt.returned_idle, &mut said.idle),
+            (&mut receipt.returned_purged, &mut said.purged),
+            (&mut receipt.returned_dropped, &mut said.dropped),
+            (&mut receipt.returned_to_extents, &mut said.to_extents),
+            (&mut receipt.returned_to_dram, &mut said.to_dram),
+            (&mut receipt.returned_spilled, &mut said.spilled),
+        ] {
+            let bytes = self.unsaid.min(*said);
+            self.unsaid -= bytes;
+            *said -= bytes;
+            *step += bytes;
+        }
+    }
+
+    /// What is back without a word is taken for idle.
+    fn receipt_now(&self, now: Instant) -> Receipt {
+        let mut receipt = self.receipt.clone();
+        receipt.returned_idle += self.unsaid;
+        receipt.duration_us = self.duration_us(now);
+        receipt
     }
 
     fn duration_us(&self, now: Instant) -> u64 {
@@ -237,9 +267,8 @@ impl Broker {
         let said = recall.declined.len();
         self.decline_late(&mut recall);
         if let Some(requester) = recall.requester.take() {
-            let mut receipt = recall.receipt.clone();
+            let mut receipt = recall.receipt_now(now);
             receipt.refused = self.refusals(&recall);
-            receipt.duration_us = recall.duration_us(now);
             receipt.more = true;
             self.reply(requester, &AdminReply::Receipt(receipt), now);
         }
@@ -300,6 +329,7 @@ impl Broker {
             spent: BTreeSet::new(),
             claimed: 0,
             said: RecallOutcome::default(),
+            unsaid: 0,
             closing: false,
             marked: Vec::new(),
             rounds: 0,
@@ -580,8 +610,7 @@ impl Broker {
         if recall.receipt.origin == Origin::Operator {
             self.table.unmark(&recall.marked);
         }
-        recall.receipt.duration_us = recall.duration_us(now);
-        self.file_receipt(recall.receipt, recall.requester, now);
+        self.file_receipt(recall.receipt_now(now), recall.requester, now);
     }
 
     pub(super) fn file_receipt(

@@ -2,6 +2,7 @@
 
 mod admission;
 mod capacity;
+mod evacuations;
 mod leases;
 mod process;
 mod recalls;
