@@ -44,9 +44,15 @@ impl Broker {
 
     /// `program` under `dcm run` on this broker, with everything on extents.
     pub(crate) fn run(&self, program: &Path) -> Command {
+        self.run_with(&[], program)
+    }
+
+    /// The same with further options of `dcm run`.
+    pub(crate) fn run_with(&self, options: &[&str], program: &Path) -> Command {
         let mut run = Command::new(workspace::dcm());
-        run.args(["run", "--placement", "dc", "--socket"]);
-        run.arg(self.socket()).arg("--").arg(program);
+        run.args(["run", "--placement", "dc"]).args(options);
+        run.arg("--socket").arg(self.socket());
+        run.arg("--").arg(program);
         run
     }
 

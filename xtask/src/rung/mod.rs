@@ -9,6 +9,7 @@ mod docs;
 mod format;
 mod programs;
 mod recall;
+mod recall_redis;
 mod speed;
 mod symbols;
 mod unit;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::{Tally, capacity};
+use super::{Tally, capacity, recall_redis};
 use crate::broker::{self, Broker};
 use crate::packages;
 use crate::process::{self, Background};
@@ -33,6 +33,7 @@ pub(super) fn run() -> Result<Tally> {
         "everything recalled after a random nine tenths were freed",
         survivors_move(&program),
     );
+    recall_redis::run(&mut tally)?;
     Ok(tally)
 }
 
