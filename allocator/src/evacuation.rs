@@ -19,6 +19,12 @@ use crate::spill::{Spill, SpillState};
 /// The monitor thread's part, which outlives everything.
 static MONITOR: Monitor = Monitor::new();
 
+/// Mappings that are left to the program: recalls take none of the last ones.
+const MAPPINGS_LEFT: usize = 512;
+/// What a granule that moves may add to the mappings: it can split the one it
+/// is taken from in two, and become one of its own.
+const MAPPINGS_EACH: usize = 2;
+
 /// What was moved, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Evacuated {
@@ -114,12 +120,22 @@ impl Evacuator {
             spill: 0,
         };
         let mut done = Evacuated::default();
+        let mut may_move = self.movable();
         while done.bytes() < recall.bytes {
             if until.is_some_and(|until| Instant::now() >= until) {
                 done.stopped = Some(Refusal::Deadline);
                 break;
             }
+            if may_move < RUN {
+                // Most neighbours have become one mapping again.
+                may_move = self.movable();
+            }
+            if may_move == 0 {
+                done.stopped = Some(Refusal::Mappings);
+                break;
+            }
             let left = ((recall.bytes - done.bytes()) as usize).div_ceil(GRANULE);
+            let left = left.min(may_move);
             self.restore_wanted(heap, source);
             let dram = heap.dram_allowance();
             let spill = self.spill.as_ref().map(|_| heap.spill_allowance());
@@ -136,11 +152,17 @@ impl Evacuator {
                 done.stopped = (dram < GRANULE as u64).then_some(lacks).or(done.stopped);
                 break;
             };
+            may_move -= picked.granules();
             let moved = self.carry_out(heap, source, picked);
             heap.note_evacuated(moved.granules());
             done.add(&moved);
         }
         done
+    }
+
+    /// Granules that may move before the process has too many mappings.
+    fn movable(&self) -> usize {
+        self.mover.room_for_mappings().saturating_sub(MAPPINGS_LEFT) / MAPPINGS_EACH
     }
 
     /// Moves everything off extents that can be moved, into as much DRAM as it

@@ -144,6 +144,20 @@ fn what_is_refused_is_said() {
     let refused = granules(BLOCKS + 1 + BLOCKS - LIMIT);
     assert_eq!(stats.recall_refused, refused, "{stats:?}");
     assert_eq!(stats.evacuated as usize, 3 + 1 + LIMIT, "{stats:?}");
+
+    // No time, but the work goes on after it: two answers, of which the second
+    // has what the first had not.
+    settle();
+    let lent = HEAP.stats().usage.extent_held;
+    let [first, last] = source.recall_past_deadline(5, all);
+    assert!(first.more && !last.more, "{first:?} {last:?}");
+    let late = first.refused.of(Refusal::Deadline);
+    assert_eq!((first.moved(), late), (0, granules(BLOCKS)), "{first:?}");
+    assert_eq!(last.to_dram, granules(LIMIT), "{last:?}");
+    assert_eq!(last.refused.of(Refusal::Deadline), 0, "{last:?}");
+    let refused = last.refused.of(Refusal::NoDram);
+    assert_eq!(refused, granules(BLOCKS - LIMIT), "{last:?}");
+    assert_eq!(first.returned() + last.returned() + refused, lent);
     // Every granule is with the source or with the heap, but for those on
     // their way.
     let end = Instant::now() + Duration::from_secs(5);

@@ -291,10 +291,10 @@ mod tests {
             .collect()
     }
 
-    fn live(runs: &[Range<usize>]) -> LivePages {
+    fn live(runs: &[(usize, usize)]) -> LivePages {
         let mut map = PageMap::EMPTY;
-        for run in runs {
-            map.insert(run.start, run.len());
+        for (start, end) in runs {
+            map.insert(*start, end - start);
         }
         LivePages(*map.words())
     }
@@ -312,9 +312,9 @@ mod tests {
         let contents: Vec<_> = (0..6).map(granule).collect();
         let maps = [
             LivePages::ALL,
-            live(&[0..1, 5..9, 511..512]),
+            live(&[(0, 1), (5, 9), (511, 512)]),
             live(&[]),
-            live(&[100..400]),
+            live(&[(100, 400)]),
             // More runs than are ever under way at once.
             LivePages([0x5555_5555_5555_5555; 8]),
             LivePages::ALL,
@@ -344,11 +344,11 @@ mod tests {
         let mut back = vec![0; GRANULE];
         // SAFETY: as above.
         let mut read = |live: LivePages| unsafe { spill.read(10, back.as_mut_ptr(), &live) };
-        assert_eq!(read(live(&[0..1])), Err(ReadError::Changed));
-        assert_eq!(read(live(&[256..512])), Ok(()));
+        assert_eq!(read(live(&[(0, 1)])), Err(ReadError::Changed));
+        assert_eq!(read(live(&[(256, 512)])), Ok(()));
         spill.spoil((10 * GRANULE + 300 * PAGE) as u64);
-        assert_eq!(read(live(&[256..512])), Err(ReadError::Changed));
-        assert_eq!(read(live(&[301..512])), Ok(()));
+        assert_eq!(read(live(&[(256, 512)])), Err(ReadError::Changed));
+        assert_eq!(read(live(&[(301, 512)])), Ok(()));
         // Nothing was ever written there.
         assert_eq!(read(LivePages::ALL), Err(ReadError::Changed));
     }

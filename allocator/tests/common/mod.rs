@@ -181,6 +181,33 @@ impl MemfdSource {
             .count()
     }
 
+    /// Asks `bytes` back without any time, but past the deadline; what came
+    /// at the deadline, and what came of the rest.
+    pub(crate) fn recall_past_deadline(&self, id: u64, bytes: u64) -> [RecallOutcome; 2] {
+        self.send(Event::Recall(Recall {
+            id,
+            bytes,
+            deadline: Duration::ZERO,
+            ranges: Ranges::EMPTY,
+            past_deadline: true,
+        }));
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let state = self.state.lock().unwrap();
+            let of_it = state
+                .outcomes
+                .iter()
+                .filter(|(answered, _)| *answered == id);
+            let outcomes: Vec<RecallOutcome> = of_it.map(|(_, outcome)| *outcome).collect();
+            if let [first, last] = outcomes[..] {
+                return [first, last];
+            }
+            assert!(Instant::now() < end, "recall {id}: {outcomes:?}");
+            drop(state);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Asks for `bytes` of some ranges, of any if there are none, and waits
     /// for the answer.
     pub(crate) fn ask_back(

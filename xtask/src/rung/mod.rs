@@ -7,6 +7,7 @@ mod conformance;
 mod crash;
 mod docs;
 mod format;
+mod hazards;
 mod programs;
 mod recall;
 mod recall_redis;
@@ -76,6 +77,11 @@ pub(crate) const ALL: &[Rung] = &[
         name: "recall",
         shows: "capacity is taken back while programs use it, and they notice nothing",
         run: recall::run,
+    },
+    Rung {
+        name: "hazards",
+        shows: "recalls while programs lock, protect, close, limit and forbid what moves need",
+        run: hazards::run,
     },
     Rung {
         name: "crash",

@@ -77,6 +77,8 @@ pub(super) struct Mappings {
     has_keys: bool,
     /// A page that only mlockall(2) can have locked.
     reference: usize,
+    /// `vm.max_map_count`, if it can be read.
+    most: Option<usize>,
 }
 
 impl Mappings {
@@ -87,6 +89,7 @@ impl Mappings {
             smaps: file(c"/proc/self/smaps")?,
             has_keys: next_key().is_some(),
             reference: map_page()?,
+            most: max_map_count(),
         })
     }
 
@@ -122,6 +125,27 @@ impl Mappings {
             return Ok(keyed.then_some(Change::ProtectionKey));
         }
         Ok(None)
+    }
+
+    /// How many more mappings the process may have; `usize::MAX` where that
+    /// can't be told. Reads all of `/proc/self/maps`.
+    pub(super) fn room(&self) -> usize {
+        let mut lines = 0;
+        let mut buffer = [0u8; 4096];
+        let mut offset = 0;
+        loop {
+            match rustix::io::pread(&self.maps, &mut buffer, offset) {
+                Ok(0) => break,
+                Ok(n) => {
+                    lines += buffer[..n].iter().filter(|byte| **byte == b'\n').count();
+                    offset += n as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(_) => return usize::MAX,
+            }
+        }
+        self.most
+            .map_or(usize::MAX, |most| most.saturating_sub(lines))
     }
 
     /// The end of the mapping that holds `at`, in whole granules, or of the
@@ -208,6 +232,17 @@ fn next_key() -> Option<i64> {
         let key = libc::syscall(libc::SYS_pkey_alloc, 0, 0);
         (key >= 0 && libc::syscall(libc::SYS_pkey_free, key) == 0).then_some(key)
     }
+}
+
+fn max_map_count() -> Option<usize> {
+    let file = open(
+        c"/proc/sys/vm/max_map_count",
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    );
+    let mut text = [0u8; 32];
+    let n = rustix::io::read(file.ok()?, &mut text).ok()?;
+    core::str::from_utf8(&text[..n]).ok()?.trim().parse().ok()
 }
 
 fn map_page() -> Result<usize, Errno> {

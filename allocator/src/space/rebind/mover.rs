@@ -259,6 +259,11 @@ impl Mover {
         unsafe { self.place_extent(va, alias) }
     }
 
+    /// How many more mappings the process may have (`vm.max_map_count`).
+    pub fn room_for_mappings(&self) -> usize {
+        self.mappings.room()
+    }
+
     /// A granule that was taken is wanted by nobody any more, and unmapped.
     pub fn forget(&mut self) {
         self.away -= 1;
