@@ -10,6 +10,7 @@ mod ring;
 use core::ffi::CStr;
 use core::ops::Range;
 use core::ptr::null_mut;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags};
 use rustix::fs::{fallocate, memfd_create, open, unlink};
@@ -215,7 +216,11 @@ pub(crate) fn complain(error: ReadError) {
             rustix::process::pidfd_getfd(process, libc::STDERR_FILENO, flags)
         });
     if let Ok(stderr) = stderr {
-        let _ = rustix::io::write(stderr, text);
+        // A reader that reads no more must not keep other granules away.
+        let mut room = [PollFd::new(&stderr, PollFlags::OUT)];
+        if poll(&mut room, Some(&Timespec::default())) == Ok(1) {
+            let _ = rustix::io::write(&stderr, text);
+        }
     }
 }
 
