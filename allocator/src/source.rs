@@ -120,6 +120,10 @@ pub enum Event {
     Lost(Ranges),
     /// Nothing happened in the time given.
     Timeout,
+    /// The source can't be reached, and [`ExtentSource::next_event`] tries to:
+    /// what it lent stays lent, what was asked of it is not answered. An empty
+    /// [`Event::Granted`] says that it is back.
+    Disconnected,
     /// The source is gone; what it lent stays lent.
     Closed,
 }

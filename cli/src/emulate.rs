@@ -1,17 +1,21 @@
 //! A software device with a broker over it.
 #![forbid(unsafe_code)]
 
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use dax_backend::broker::{Broker, BrokerConfig, GRANULE, Window};
+use dax_backend::broker::{Broker, BrokerConfig, GRANULE, Store, Window};
 use dax_backend::capacity::{CapacityDevice, DeviceEvent};
 use dax_backend::device::{DcDevice, DeviceConfig};
 use dax_backend::extent::ExtentTag;
-use dax_backend::model::{ModelConfig, SoftwareDevice};
+use dax_backend::journal::MemfdJournal;
+use dax_backend::mmio::Mmio;
+use dax_backend::model::{ModelConfig, RemoteFabric, RemoteMmio, SoftwareDevice};
 use dax_backend::orchestrator::Orchestrator;
 
 use crate::failure::Failure;
+use crate::keeper;
 use crate::size::Bytes;
 
 /// Checks the sizes of a software device and of the extents it offers at once.
@@ -45,26 +49,74 @@ pub(crate) fn whole(size: u64) -> Vec<u64> {
         .collect()
 }
 
-/// Makes a software device of `size` bytes, offers it `offer` in one More
-/// group, and puts a broker over what was accepted.
-pub(crate) fn broker(size: u64, offer: &[u64], config: BrokerConfig) -> anyhow::Result<Broker> {
+/// A software device of `size` bytes that offers `offer` in one More group.
+pub(crate) fn device(size: u64, offer: &[u64]) -> anyhow::Result<SoftwareDevice> {
     let model = SoftwareDevice::new(ModelConfig::one_region(size))
         .context("cannot make the software device's memory")?;
+    if !offer.is_empty() {
+        Orchestrator::add(&mut model.fabric(), offer, ExtentTag::NULL)
+            .context("the software device does not offer its capacity")?;
+    }
+    Ok(model)
+}
+
+/// A broker over a software device of its own, of which `offer` is accepted.
+pub(crate) fn broker(size: u64, offer: &[u64], config: BrokerConfig) -> anyhow::Result<Broker> {
+    let model = device(size, offer)?;
     let mut device = DcDevice::open(model.mmio(), DeviceConfig::default())
         .context("the software device does not open")?;
-    let mut fabric = model.fabric();
-    if !offer.is_empty() {
-        Orchestrator::add(&mut fabric, offer, ExtentTag::NULL)
-            .context("the software device does not offer its capacity")?;
-        accept(&mut device, offer.iter().sum())?;
+    accept(&mut device, offer.iter().sum())?;
+    let memory = model.memory().try_clone_to_owned();
+    let memory = memory.context("no descriptor left for the window")?;
+    let fabric = Box::new(model.fabric());
+    over(device, fabric, memory, config, Store::none())
+}
+
+/// A broker over the software device of a keeper. `offered` bytes are waited
+/// for, so that the first program finds them.
+pub(crate) fn worker(
+    mut store: Store,
+    offered: u64,
+    config: BrokerConfig,
+) -> anyhow::Result<Broker> {
+    const JOURNAL: &str = "journal";
+    let mut take = |name: &str| {
+        let fd = store.take(name);
+        fd.with_context(|| format!("the keeper has handed over no {name}"))
+    };
+    let registers = RemoteMmio::new(take(keeper::REGISTERS)?);
+    let fabric = Box::new(RemoteFabric::new(take(keeper::FABRIC)?));
+    let memory = take(keeper::WINDOW)?;
+    let journal = match store.take(JOURNAL) {
+        Some(file) => MemfdJournal::open(file)?,
+        None => {
+            let journal = MemfdJournal::new()?;
+            store.keep(JOURNAL, journal.fd());
+            journal
+        }
+    };
+    let device = DeviceConfig {
+        journal: Box::new(journal),
+        ..DeviceConfig::default()
+    };
+    let mut device =
+        DcDevice::open(registers, device).context("the software device does not open")?;
+    if config.restarts == 0 {
+        accept(&mut device, offered)?;
     }
-    let fd = model
-        .memory()
-        .try_clone_to_owned()
-        .context("no descriptor left for the window")?;
+    over(device, fabric, memory, config, store)
+}
+
+fn over<M: Mmio + 'static>(
+    device: DcDevice<M>,
+    fabric: Box<dyn Orchestrator>,
+    memory: OwnedFd,
+    config: BrokerConfig,
+    store: Store,
+) -> anyhow::Result<Broker> {
     let window =
-        Window::map(fd, 0, device.dc_span().len).context("cannot map the device's memory")?;
-    Broker::new(Box::new(device), Some(Box::new(fabric)), window, config)
+        Window::map(memory, 0, device.dc_span().len).context("cannot map the device's memory")?;
+    Broker::with_store(Box::new(device), Some(fabric), window, config, store)
         .context("no thread left for the device")
 }
 

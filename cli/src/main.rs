@@ -3,6 +3,7 @@
 mod conf;
 mod emulate;
 mod failure;
+mod keeper;
 mod live;
 mod log;
 mod orders;

@@ -7,14 +7,14 @@ use std::thread;
 
 use anyhow::Context;
 use clap::Args;
-use dax_backend::broker::{Admit, BrokerConfig, Listener, Stop};
+use dax_backend::broker::{Admit, BrokerConfig, Listener, Stop, Store, StoreSocket};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use uuid::Uuid;
 
 use crate::failure::Failure;
 use crate::signals::Signals;
 use crate::size::Bytes;
-use crate::{emulate, live, log, size, sockets};
+use crate::{emulate, keeper, live, log, size, sockets};
 
 /// What the broker behind a `dcm run` says when programs can connect.
 pub(crate) const READY: &str = "ready\n";
@@ -40,6 +40,9 @@ pub(crate) struct Options {
     /// Serve the programs of this run, until stdin ends and none is left
     #[arg(long, hide = true, value_name = "UUID", requires = "socket")]
     run: Option<Uuid>,
+    /// Serve what the keeper on stdin has; so many have died before
+    #[arg(long, hide = true, value_name = "COUNT", conflicts_with = "run")]
+    worker: Option<u64>,
 }
 
 /// Serves until told to stop.
@@ -71,16 +74,38 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
     };
     let config = BrokerConfig {
         admit,
+        restarts: options.worker.unwrap_or(0),
         ..BrokerConfig::default()
     };
-    let _log = log::start(&options.log);
     raise_descriptor_limit();
-    let mut broker = emulate::broker(size, &offer, config)?;
-    let listener = Listener::bind(&path, sockets::is_system())?;
+    let offered = offer.iter().sum();
+    if options.run.is_none() && options.worker.is_none() {
+        let listener = Listener::bind(&path, sockets::is_system())?;
+        let model = emulate::device(size, &offer)?;
+        return keeper::keep(&model, &listener, &signals, || {
+            Ok(announce(&format!(
+                "serving {} of a software device of {} at {}\n",
+                Bytes(offered),
+                Bytes(size),
+                path.display()
+            ))?)
+        });
+    }
+    let _log = log::start(&options.log);
+    let stop = Stop::new().context("no descriptor left")?;
+    let (mut broker, listener) = if options.worker.is_some() {
+        let mut store = from_keeper(&stop)?;
+        let listener = store.take(keeper::LISTENER);
+        let listener = listener.context("the keeper has handed over no listener")?;
+        let listener = Listener::inherited(listener, &path);
+        (emulate::worker(store, offered, config)?, listener)
+    } else {
+        let broker = emulate::broker(size, &offer, config)?;
+        (broker, Listener::bind(&path, sockets::is_system())?)
+    };
     if let Some(address) = options.listen {
         live::start(address, &path)?;
     }
-    let stop = Stop::new().context("no descriptor left")?;
     if options.run.is_some() {
         announce(READY)?;
         silence()?;
@@ -96,15 +121,25 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
             signals.wait();
             stop.now();
         });
-        announce(&format!(
-            "serving {} of a software device of {} at {}\n",
-            Bytes(offer.iter().sum()),
-            Bytes(size),
-            path.display()
-        ))?;
+        broker.ready();
     }
     broker.serve(&listener, &stop).context("polling failed")?;
     Ok(())
+}
+
+/// What the keeper has, from the socket that stdin is. Without a keeper the
+/// broker ends once its last client has.
+fn from_keeper(stop: &Stop) -> anyhow::Result<Store> {
+    let socket = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
+    rustix::stdio::dup2_stdin(std::fs::File::open("/dev/null")?)?;
+    let news = StoreSocket::from_fd(socket.try_clone()?);
+    let store = Store::receive(StoreSocket::from_fd(socket)).context("the keeper is gone")?;
+    let stop = stop.clone();
+    thread::spawn(move || {
+        while let Ok(Some(_)) = news.receive() {}
+        stop.when_idle();
+    });
+    Ok(store)
 }
 
 fn announce(text: &str) -> io::Result<()> {

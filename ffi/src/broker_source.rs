@@ -7,7 +7,7 @@
 //! is closed before the program runs.
 
 use core::ffi::CStr;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -29,6 +29,9 @@ use dax_backend::broker::{
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
+use crate::leases::Leases;
+use crate::rejoin::Rejoin;
+
 /// A connection to a broker, and the window that its leases lie in.
 pub struct BrokerSource {
     client: BrokerClient,
@@ -37,7 +40,7 @@ pub struct BrokerSource {
     userfaultfd: Option<OwnedFd>,
     /// The worker has a descriptor table of its own.
     apart: AtomicBool,
-    lost: AtomicU64,
+    rejoin: Rejoin,
 }
 
 /// Why there is no source.
@@ -67,13 +70,15 @@ impl BrokerSource {
         page.pid
             .store(u64::from(std::process::id()), Ordering::Relaxed);
         let userfaultfd = welcome.userfaultfd;
+        let leases = Leases::new(welcome.window_len).map_err(SourceError::Window)?;
+        let rejoin = Rejoin::new(path, welcome.client_id, leases);
         Ok(Self {
             client,
             page,
             window,
             userfaultfd,
             apart: AtomicBool::new(false),
-            lost: AtomicU64::new(0),
+            rejoin,
         })
     }
 }
@@ -153,12 +158,17 @@ impl ExtentSource for BrokerSource {
     }
 
     fn request(&self, bytes: u64) -> bool {
-        self.client.request_lease(bytes).is_ok()
+        // Whoever hears the broker notices when it is gone.
+        self.client.request_lease(bytes).is_ok() || self.apart.load(Ordering::Acquire)
     }
 
     fn give_back(&self, ranges: &Ranges) -> bool {
         let wire = to_wire(ranges);
         let ranges = ranges.as_slice();
+        // First: a broker that comes next is told of the leases that are left.
+        for range in &wire[..ranges.len()] {
+            self.rejoin.leases.remove(*range);
+        }
         self.client.return_ranges(&wire[..ranges.len()]).is_ok()
     }
 
@@ -194,17 +204,26 @@ impl ExtentSource for BrokerSource {
     }
 
     fn next_event(&self, timeout: Duration) -> Event {
+        if !self.rejoin.is_here() {
+            let socket = self.client.fd().as_raw_fd();
+            return self.rejoin.next_event(socket, &self.page, timeout);
+        }
         match self.client.recv(Some(timeout)) {
             Ok(None) => Event::Timeout,
             Ok(Some(FromBroker::Grant {
                 ranges,
                 exhausted,
                 last,
-            })) => Event::Granted {
-                ranges: from_wire(ranges.as_slice()),
-                exhausted,
-                last,
-            },
+            })) => {
+                for range in ranges.as_slice() {
+                    self.rejoin.leases.add(*range);
+                }
+                Event::Granted {
+                    ranges: from_wire(ranges.as_slice()),
+                    exhausted,
+                    last,
+                }
+            }
             Ok(Some(FromBroker::CapacityAvailable)) => Event::CapacityAvailable,
             Ok(Some(FromBroker::Recall {
                 ranges, lost: true, ..
@@ -223,8 +242,10 @@ impl ExtentSource for BrokerSource {
                 ranges: from_wire(ranges.as_slice()),
                 past_deadline,
             }),
+            Err(_) if self.apart.load(Ordering::Acquire) => self.rejoin.lost(),
+            // The socket's number may be the program's by now.
             Err(_) => {
-                self.lost.store(1, Ordering::Relaxed);
+                self.rejoin.lost();
                 Event::Closed
             }
         }
@@ -238,7 +259,7 @@ impl ExtentSource for BrokerSource {
             (stats.unknown_settings > 0, DEGRADED_CONFIG),
             (stats.spill == SpillState::Unusable, DEGRADED_NO_SPILL),
             (stats.spill == SpillState::NoRing, DEGRADED_NO_RING),
-            (self.lost.load(Ordering::Relaxed) > 0, DEGRADED_DISCONNECTED),
+            (!self.rejoin.is_here(), DEGRADED_DISCONNECTED),
         ];
         let flags = degraded
             .iter()

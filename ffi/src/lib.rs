@@ -5,6 +5,8 @@
 //! ([`process`]), which the preloaded library and the C interface both serve.
 
 mod broker_source;
+mod leases;
 pub mod process;
+mod rejoin;
 
 pub use broker_source::BrokerSource;

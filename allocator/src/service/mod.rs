@@ -195,6 +195,14 @@ impl Service {
         self.recalls.lock().iter_mut().find_map(Option::take)
     }
 
+    /// The heap goes on with what it has. Who waits for extents may go on
+    /// waiting: the source may be back in time.
+    fn away(&self, heap: &Heap) {
+        heap.space().set_exhausted(true);
+        self.asked.store(false, Ordering::Release);
+        heap.lent().raise();
+    }
+
     fn closed(&self, heap: &Heap) {
         self.running.store(false, Ordering::Release);
         heap.space().set_exhausted(true);

@@ -209,6 +209,7 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
             }
             // Whoever touches them finds out as the kernel has it.
             Event::Lost(_) | Event::Timeout => {}
+            Event::Disconnected => service.away(heap),
             Event::Closed => service.closed(heap),
         }
     }

@@ -1,10 +1,14 @@
 //! `dcm serve` and what it can be told.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::call::{Dcm, stderr};
+use crate::call::{Dcm, signal, stderr, within};
+use crate::client::run_leasing;
 
 const MIB: u64 = 1 << 20;
 
@@ -17,7 +21,7 @@ fn capacity_is_added_released_and_shown() {
     let dcm = Dcm::new();
     let mut server = dcm.serve(&["--emulate", "256M", "--offer", "32M,16M,16M"]);
     let status = json(&dcm.ok(&["status", "--json"]));
-    assert_eq!(status["pid"], u64::from(server.child.id()));
+    assert_eq!(status["keeper"], u64::from(server.child.id()));
     assert_eq!(status["capacity"]["accepted"], 64 * MIB);
     assert_eq!(status["extents"].as_array().unwrap().len(), 3);
     assert_eq!(status["device"]["counters"]["groups_answered"], 1);
@@ -87,12 +91,9 @@ fn one_socket_one_broker() {
     first.child.kill().unwrap();
     first.child.wait().unwrap();
     assert!(socket.exists());
-    let output = dcm.call(&["status"]);
-    assert!(
-        stderr(&output).contains("no broker at"),
-        "{}",
-        stderr(&output)
-    );
+    within(Duration::from_secs(10), "its broker ends with it", || {
+        stderr(&dcm.call(&["status"])).contains("no broker at")
+    });
     drop(dcm.serve(&["--emulate", "64M"]));
     fs::write(dcm.directory.path().join("file"), "mine").unwrap();
     let file = dcm.directory.path().join("file");
@@ -108,4 +109,46 @@ fn one_socket_one_broker() {
         "{}",
         stderr(&output)
     );
+}
+
+/// A broker that is killed comes back by itself, over the same device, and
+/// nobody's lease has ended.
+#[test]
+fn a_killed_broker_is_started_anew_and_knows_everything() {
+    let dcm = Dcm::new();
+    let mut server = dcm.serve(&["--emulate", "64M", "--offer", "32M,16M"]);
+    let mut program = run_leasing(&dcm, &[], 8 * MIB)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(program.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("leased")));
+    let before = json(&dcm.ok(&["status", "--json"]));
+    for restarts in 1..=3 {
+        let broker = json(&dcm.ok(&["status", "--json"]))["pid"]
+            .as_u64()
+            .unwrap();
+        signal(broker as u32, libc::SIGKILL);
+        // The socket is still there: who connects waits for the next one.
+        let status = json(&dcm.ok(&["status", "--json"]));
+        assert_eq!(status["restarts"], restarts);
+        assert_eq!(status["capacity"]["leased"], 8 * MIB);
+        assert_eq!(status["keeper"], before["keeper"]);
+        for same in ["dpa", "len", "leased"] {
+            for extent in 0..2 {
+                let of = |status: &Value| status["extents"][extent][same].clone();
+                assert_eq!(of(&status), of(&before));
+            }
+        }
+    }
+    let receipt = json(&dcm.ok(&["release", "16M", "--json"]));
+    assert_eq!(receipt["returned_free"], 16 * MIB);
+    drop(program.stdin.take());
+    program.wait().unwrap();
+    within(Duration::from_secs(10), "the program's leases end", || {
+        json(&dcm.ok(&["status", "--json"]))["capacity"]["leased"] == 0
+    });
+    assert_eq!(server.terminate(), Some(0));
+    assert!(!dcm.socket().exists());
 }

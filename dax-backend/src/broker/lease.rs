@@ -424,8 +424,8 @@ impl LeaseTable {
                 keeps[index] = true;
             }
         }
-        for index in 0..self.slots.len() {
-            if held.contains(&self.slots[index]) && !keeps[index] {
+        for (index, keeps) in keeps.into_iter().enumerate() {
+            if held.contains(&self.slots[index]) && !keeps {
                 self.release_slot(index);
             }
         }

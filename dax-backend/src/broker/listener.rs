@@ -59,8 +59,9 @@ pub enum ListenError {
 pub struct Listener {
     socket: OwnedFd,
     path: PathBuf,
-    /// Device and inode, so that a successor's file is not removed.
-    file: (u64, u64),
+    /// Device and inode, so that a successor's file is not removed; `None` if
+    /// it is somebody else's to remove.
+    file: Option<(u64, u64)>,
 }
 
 impl Listener {
@@ -98,8 +99,17 @@ impl Listener {
         Ok(Self {
             socket,
             path: path.into(),
-            file: (file.dev(), file.ino()),
+            file: Some((file.dev(), file.ino())),
         })
+    }
+
+    /// A socket that somebody else has bound to `path`, and listens at.
+    pub fn inherited(socket: OwnedFd, path: &Path) -> Self {
+        Self {
+            socket,
+            path: path.into(),
+            file: None,
+        }
     }
 
     /// The socket's path.
@@ -122,7 +132,7 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|file| (file.dev(), file.ino()) == self.file);
+            .is_ok_and(|file| Some((file.dev(), file.ino())) == self.file);
         if ours {
             let _ = fs::remove_file(&self.path);
         }

@@ -165,6 +165,12 @@ impl Broker {
         clients.iter().for_each(|process| total.add(process));
         Status {
             pid: std::process::id(),
+            keeper: self
+                .store
+                .keeper()
+                .and(rustix::process::getppid())
+                .map(|pid| pid.as_raw_nonzero().get().cast_unsigned()),
+            restarts: self.config.restarts,
             uid: rustix::process::geteuid().as_raw(),
             version: env!("CARGO_PKG_VERSION").into(),
             uptime_ms: self.started.elapsed().as_millis() as u64,

@@ -65,6 +65,8 @@ pub struct BrokerConfig {
     pub recall_deadline: Duration,
     /// Free memory to keep ready as huge pages, in bytes; 0: none.
     pub warm_reserve: u64,
+    /// How many brokers over the same device have died before this one.
+    pub restarts: u64,
 }
 
 impl Default for BrokerConfig {
@@ -73,6 +75,7 @@ impl Default for BrokerConfig {
             admit: Admit::Owner,
             recall_deadline: Duration::from_secs(2),
             warm_reserve: 128 << 20,
+            restarts: 0,
         }
     }
 }
@@ -192,6 +195,13 @@ impl Broker {
             broker.taken_by_force(&[], &lost, now);
         }
         Ok(broker)
+    }
+
+    /// Tells the keeper that programs can connect.
+    pub fn ready(&self) {
+        if let Some(keeper) = self.store.keeper() {
+            let _ = keeper.ready();
+        }
     }
 
     /// Serves `listener` until `stop` says so.

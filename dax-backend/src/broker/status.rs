@@ -14,6 +14,12 @@ use crate::capacity::DeviceCounters;
 pub struct Status {
     /// Process id of the broker.
     pub pid: u32,
+    /// Process id of the keeper that starts another broker when this one dies.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub keeper: Option<u32>,
+    /// How often it has done so.
+    #[serde(default)]
+    pub restarts: u64,
     /// Its user.
     pub uid: u32,
     /// Its release.

@@ -28,10 +28,8 @@ pub enum Notice {
     Keep(String, OwnedFd),
     /// Let go of it.
     Forget(String),
-    /// The broker serves.
+    /// The broker serves; or the keeper has handed over everything.
     Ready,
-    /// The keeper: that was all. End as soon as no client is left.
-    EndWhenIdle,
     /// Something else.
     Other,
 }
@@ -83,14 +81,6 @@ impl StoreSocket {
     /// The other end is gone.
     pub fn ready(&self) -> Result<(), Errno> {
         self.send("READY=1", &[])
-    }
-
-    /// Keeper to broker: end as soon as no client is left.
-    ///
-    /// # Errors
-    /// The other end is gone.
-    pub fn end_when_idle(&self) -> Result<(), Errno> {
-        self.send("STOPPING=1", &[])
     }
 
     fn send(&self, text: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
@@ -153,7 +143,6 @@ fn read(text: &str, fd: Option<OwnedFd>) -> Notice {
         (Some(name), Some(fd)) if field("FDSTORE=") == Some("1") => Notice::Keep(name, fd),
         (Some(name), _) if field("FDSTOREREMOVE=") == Some("1") => Notice::Forget(name),
         _ if field("READY=") == Some("1") => Notice::Ready,
-        _ if field("STOPPING=") == Some("1") => Notice::EndWhenIdle,
         _ => Notice::Other,
     }
 }
@@ -189,11 +178,6 @@ impl Store {
             keeper: Some(keeper),
             kept,
         })
-    }
-
-    /// With these, and nobody to hand more: what a test puts together.
-    pub fn of(kept: BTreeMap<String, OwnedFd>) -> Self {
-        Self { keeper: None, kept }
     }
 
     /// What was kept as `name`, once.

@@ -23,6 +23,7 @@ mod fault;
 mod mailbox;
 mod memory;
 mod registers;
+mod remote;
 mod selection;
 
 use std::io;
@@ -43,6 +44,7 @@ pub use config::{DEFAULT_BLOCK, ModelConfig, ModelRegion};
 pub use fabric::{AddPolicy, AddRequest, Fabric, FabricError, ReleasePolicy, SlowOffer};
 pub use fault::{Fault, FaultKind};
 pub use registers::ModelMmio;
+pub use remote::{RemoteFabric, RemoteMmio};
 
 /// A software device. Clones are the same device.
 #[derive(Clone)]

@@ -251,6 +251,7 @@ fn broker_over(model: &SoftwareDevice, setup: &Setup, store: Store) -> Broker {
         admit: setup.admit,
         recall_deadline: setup.recall_deadline,
         warm_reserve: 4 * GRANULE,
+        restarts: 0,
     };
     let orchestrator: Option<Box<dyn Orchestrator>> = match setup.orchestrator {
         true => Some(Box::new(fabric)),

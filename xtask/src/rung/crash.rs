@@ -12,8 +12,9 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::Tally;
-use crate::broker::Broker;
+use crate::broker::{Broker, number};
 use crate::process::{self, Background};
+use crate::program::sqlite;
 use crate::{packages, workspace};
 
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -42,7 +43,7 @@ int main(int argc, char **argv) {
 "#;
 
 pub(super) fn run() -> Result<Tally> {
-    packages::ensure(&["gcc", "libc6-dev"])?;
+    packages::ensure(&["gcc", "libc6-dev", "sqlite3"])?;
     let dir = tempfile::tempdir()?;
     let source = dir.path().join("secret.c");
     fs::write(&source, PROGRAM)?;
@@ -58,6 +59,7 @@ pub(super) fn run() -> Result<Tally> {
     let mut tally = Tally::default();
     tally.check("kill -9 of a client", leases_come_back_clean(&program));
     tally.check("kill -9 under dcm run", nothing_stays_behind(&program));
+    tally.check("kill -9 of the broker", programs_outlive_the_broker());
     Ok(tally)
 }
 
@@ -99,6 +101,80 @@ fn leases_come_back_clean(program: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The broker is killed again and again, idle and in the middle of recalls. The
+/// program goes on, what comes next knows its leases, and moves them.
+fn programs_outlive_the_broker() -> Result<()> {
+    let script = ["-batch", ":memory:", sqlite::SCRIPT];
+    let broker = Broker::serve("512M")?;
+    let mut shell = Background::start(broker.run("sqlite3".as_ref()).args(script))?;
+    let (mut kills, mut moved) = (0, 0);
+    while !shell.has_ended()? && kills < 20 {
+        thread::sleep(Duration::from_millis(50));
+        let pid = broker.status_number("/pid")?;
+        thread::scope(|scope| -> Result<()> {
+            // Every other one dies in the middle of a recall, whose receipt
+            // is then nobody's.
+            let recall = (kills % 2 == 1)
+                .then(|| scope.spawn(|| drop(broker.order_json(&["release", "512M"]))));
+            thread::sleep(Duration::from_millis(20));
+            kill(pid as u32)?;
+            if let Some(recall) = recall {
+                ensure!(recall.join().is_ok(), "the recall panicked");
+            }
+            Ok(())
+        })?;
+        kills += 1;
+        ensure!(
+            broker.status_number("/restarts")? == kills,
+            "another broker, after kill {kills}"
+        );
+        let rejoined = Instant::now();
+        while !shell.has_ended()? && broker.status_number("/counters/rejoined")? == 0 {
+            ensure!(
+                rejoined.elapsed() < Duration::from_secs(10),
+                "the program has not come back to the broker after kill {kills}"
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
+        let accepted = broker.status_number("/capacity/accepted")?;
+        if accepted > 0 {
+            let receipt = broker.order_json(&["release", &accepted.to_string()])?;
+            ensure!(
+                number(&receipt, "/returned")? == accepted,
+                "after kill {kills}: {receipt}"
+            );
+            for step in ["/returned_to_dram", "/returned_to_extents"] {
+                moved += number(&receipt, step)?;
+            }
+        }
+        broker.order(&["add", "512M"])?;
+    }
+    let with = shell.finish(Duration::from_secs(120))?;
+    let without = process::run(
+        Command::new("sqlite3").args(script),
+        Duration::from_secs(120),
+    )?;
+    ensure!(
+        with.success() && with.stdout == without.stdout,
+        "{}, or another result: {} {}",
+        with.ending(),
+        with.stdout.trim(),
+        with.stderr.trim()
+    );
+    eprintln!(
+        "  {kills} brokers killed, {} MiB moved by the next ones",
+        moved >> 20
+    );
+    ensure!(kills > 0 && moved > 0, "{kills} kills, {moved} bytes moved");
+    let status = broker.order_json(&["status"])?;
+    let (accepted, free) = (
+        number(&status, "/capacity/accepted")?,
+        number(&status, "/capacity/free")?,
+    );
+    ensure!(accepted == free, "leases are left: {status}");
+    Ok(())
+}
+
 fn nothing_stays_behind(program: &Path) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("run.sock");
@@ -115,7 +191,7 @@ fn nothing_stays_behind(program: &Path) -> Result<()> {
     );
     let during = dcm_processes();
     ensure!(
-        during.len() >= before.len() + 2,
+        during.difference(&before).count() >= 2,
         "no broker runs beside dcm run"
     );
     kill(descendant(run.id(), program)?)?;
