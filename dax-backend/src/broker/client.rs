@@ -14,14 +14,16 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
+    socketpair,
 };
 use thiserror::Error;
 
 use super::client_page::ClientPageMapping;
 use super::peer::Peer;
 use super::protocol::{
-    GRANT_EXHAUSTED, GRANT_LAST, GRANULE, Kind, MAX_RANGES, Message, RECALL_LOST, Ranges,
-    RefusalReason, RefusedCode, Role, WELCOME_USERFAULTFD, WindowRange,
+    FORK_LAST, GRANT_EXHAUSTED, GRANT_LAST, GRANULE, Kind, MAX_RANGES, MAX_RUNS, Message,
+    RECALL_LOST, Ranges, RefusalReason, RefusedCode, Role, SharedRun, WELCOME_USERFAULTFD,
+    WindowRange,
 };
 use super::socket::{Descriptors, SocketError, readable, receive_message, send_message};
 
@@ -133,6 +135,80 @@ pub enum FromBroker {
     },
     /// Asking for a lease is worth while again.
     CapacityAvailable,
+    /// See [`Kind::ForkRestored`].
+    Restored(SharedRuns),
+    /// See [`Kind::ForkFilled`].
+    Filled(SharedRuns),
+}
+
+/// Runs of one message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedRuns {
+    runs: [SharedRun; MAX_RUNS],
+    len: usize,
+}
+
+impl SharedRuns {
+    fn of(message: &Message) -> Self {
+        let mut runs = [SharedRun::default(); MAX_RUNS];
+        let shared = message.shared_runs();
+        let len = shared.len();
+        runs.iter_mut().zip(shared).for_each(|(to, run)| *to = run);
+        Self { runs, len }
+    }
+
+    /// The runs.
+    pub fn as_slice(&self) -> &[SharedRun] {
+        &self.runs[..self.len]
+    }
+}
+
+/// Where a client speaks around its forks; see [`Kind::ForkSetUp`].
+#[derive(Debug)]
+pub struct ForkLine {
+    client: BrokerClient,
+}
+
+impl ForkLine {
+    /// The socket.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.client.fd()
+    }
+
+    /// A fork is near. Returns how many granules were restored before: they
+    /// are, or will be, on the main connection, and no more until the end.
+    pub fn begin(&self) -> Result<u64, ClientError> {
+        self.client.send(&Message::new(Kind::ForkBegin), &[])?;
+        self.answer()
+    }
+
+    /// Shares all runs, which are covered by placeholders.
+    pub fn share(&self, runs: &[SharedRun], last: bool) -> Result<(), ClientError> {
+        let flags = if last { FORK_LAST } else { 0 };
+        let message = Message::new(Kind::ForkShare)
+            .with_flags(flags)
+            .with_runs(runs);
+        self.client.send(&message, &[])?;
+        if last {
+            self.answer()?;
+        }
+        Ok(())
+    }
+
+    /// The fork is over.
+    pub fn end(&self) -> Result<(), ClientError> {
+        self.client.send(&Message::new(Kind::ForkEnd), &[])
+    }
+
+    fn answer(&self) -> Result<u64, ClientError> {
+        let answer = self
+            .client
+            .receive(Some(PATIENCE), &mut Descriptors::default())?;
+        match answer.filter(|a| a.kind() == Some(Kind::ForkAnswer)) {
+            Some(answer) if answer.arg(0) == 0 => Ok(answer.arg(1)),
+            _ => Err(ClientError::Unexpected),
+        }
+    }
 }
 
 /// What a client did about a recall; see [`Kind::RecallAnswer`].
@@ -275,6 +351,21 @@ impl BrokerClient {
         self.send(&message, &[])
     }
 
+    /// Has the broker serve this process's forks, with `userfaultfd`: a new
+    /// one, on which no `UFFDIO_API` was done.
+    pub fn serve_forks(&self, userfaultfd: BorrowedFd<'_>) -> Result<ForkLine, ClientError> {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let message = Message::new(Kind::ForkSetUp);
+        self.send(&message, &[userfaultfd, theirs.as_fd()])?;
+        drop(theirs);
+        let line = ForkLine {
+            client: Self { socket: ours },
+        };
+        line.answer()?;
+        Ok(line)
+    }
+
     /// The next message; `None` when none came within `timeout` (`None`: no limit).
     pub fn recv(&self, timeout: Option<Duration>) -> Result<Option<FromBroker>, ClientError> {
         let Some(message) = self.receive(timeout, &mut Descriptors::default())? else {
@@ -295,6 +386,8 @@ impl BrokerClient {
                 lost: flags & RECALL_LOST != 0,
             },
             Some(Kind::CapacityAvailable) => FromBroker::CapacityAvailable,
+            Some(Kind::ForkRestored) => FromBroker::Restored(SharedRuns::of(&message)),
+            Some(Kind::ForkFilled) => FromBroker::Filled(SharedRuns::of(&message)),
             _ => return Err(ClientError::Unexpected),
         }))
     }

@@ -264,6 +264,38 @@ impl LeaseTable {
         Ok((first..end).map(|index| self.release_slot(index)).sum())
     }
 
+    /// Makes leases of `from` leases of `to`; all of `ranges` or nothing.
+    pub(super) fn hand_over(
+        &mut self,
+        from: ClientId,
+        to: ClientId,
+        ranges: &[WindowRange],
+    ) -> bool {
+        let inside = |range: &WindowRange| {
+            let whole = range.offset.is_multiple_of(GRANULE) && range.len.is_multiple_of(GRANULE);
+            whole && range.end() / GRANULE <= self.slots.len() as u64
+        };
+        let ours = |index| self.slots[index] == Slot::Leased(from);
+        if !ranges.iter().all(inside) || !ranges.iter().all(|r| granules(*r).all(ours)) {
+            return false;
+        }
+        for index in ranges.iter().flat_map(|range| granules(*range)) {
+            self.slots[index] = Slot::Leased(to);
+        }
+        true
+    }
+
+    /// What `client` has leased, at most `bytes` of it.
+    pub(super) fn leased_by(&self, client: ClientId, bytes: u64) -> Vec<WindowRange> {
+        let leased = |index: &usize| self.slots[*index] == Slot::Leased(client);
+        let mut ranges = Vec::new();
+        let all = (0..self.slots.len()).filter(leased);
+        for index in all.take(bytes.div_ceil(GRANULE) as usize) {
+            push_merged(&mut ranges, range_of(index, 1));
+        }
+        ranges
+    }
+
     /// Ends all leases of `client`; returns their bytes.
     pub(super) fn end(&mut self, client: ClientId) -> u64 {
         let mut bytes = 0;

@@ -13,6 +13,7 @@
 //!   orchestrator, so that nobody waits for either; `helper` is their queues.
 //! - `recall` asks for memory back, `handover` gives it to the device,
 //!   `refusal` says who kept what; `forced` is when nobody was asked.
+//! - `fork` serves the children of clients that fork.
 //! - `lease` and `outgoing` are the table of who holds which granule, without
 //!   any I/O; `liveness` says when a lease ends, `scrub` wipes what it leaves,
 //!   `warmer` has huge pages ready.
@@ -26,6 +27,7 @@ mod connection;
 mod driving;
 mod fabric;
 mod forced;
+mod fork;
 mod handover;
 mod helper;
 mod lease;

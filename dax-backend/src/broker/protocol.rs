@@ -23,6 +23,8 @@ pub const MAGIC: u32 = u32::from_le_bytes(*b"DCM1");
 pub const VERSION: u16 = 1;
 /// Ranges that fit into one message.
 pub const MAX_RANGES: usize = 28;
+/// Runs of shared granules that fit into one message: two ranges each.
+pub const MAX_RUNS: usize = MAX_RANGES / 2;
 
 /// [`Kind::Welcome`]: a third descriptor, `/dev/userfaultfd`, came along.
 pub const WELCOME_USERFAULTFD: u32 = 1 << 0;
@@ -34,6 +36,8 @@ pub const GRANT_LAST: u32 = 1 << 1;
 /// Not answered; the client returns the ranges once nothing of it maps them, and until then
 /// nobody gets them, even if the device lends them anew.
 pub const RECALL_LOST: u32 = 1 << 0;
+/// [`Kind::ForkShare`]: nothing more is shared by this fork.
+pub const FORK_LAST: u32 = 1 << 0;
 
 /// What a message says. Broker to client has the top bit of the low byte set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +55,17 @@ pub enum Kind {
     RecallAnswer = 0x04,
     /// One descriptor: a memfd with a JSON request. Admin role only.
     AdminRequest = 0x05,
+    /// Two descriptors: a new userfaultfd of the client, and a socket of its
+    /// own over which it speaks around forks, with the four kinds below. That
+    /// socket is answered (or closed: forks are not served).
+    ForkSetUp = 0x06,
+    /// A fork is near: until its end nothing is [`Kind::ForkRestored`]. Answered.
+    ForkBegin = 0x07,
+    /// ranges: runs, see [`Message::shared_runs`]. They are covered by
+    /// placeholders, and leases no more. Answered after the last.
+    ForkShare = 0x08,
+    /// The child is made, or is not.
+    ForkEnd = 0x09,
     /// arg0 window length, arg1 granule, arg2 client id, arg3 offset of the
     /// window in its file; ranges\[0\]: the DPA range it shows. Descriptors:
     /// window, client page, and `/dev/userfaultfd` if [`WELCOME_USERFAULTFD`].
@@ -63,6 +78,13 @@ pub enum Kind {
     Recall = 0x84,
     /// Asking for a lease is worth while again.
     CapacityAvailable = 0x85,
+    /// arg0 0 ok, 1 refused; arg1 granules restored so far.
+    ForkAnswer = 0x88,
+    /// runs: only the client itself needs these now, which are leases again.
+    /// It maps them where they were, and ends the wait of its threads.
+    ForkRestored = 0x89,
+    /// runs: the client has copies of these, in DRAM.
+    ForkFilled = 0x8A,
     /// arg0 0 ok, 1 error. One descriptor: a memfd with the JSON reply.
     AdminReply = 0x87,
 }
@@ -75,6 +97,13 @@ impl Kind {
             0x03 => Self::Return,
             0x04 => Self::RecallAnswer,
             0x05 => Self::AdminRequest,
+            0x06 => Self::ForkSetUp,
+            0x07 => Self::ForkBegin,
+            0x08 => Self::ForkShare,
+            0x09 => Self::ForkEnd,
+            0x88 => Self::ForkAnswer,
+            0x89 => Self::ForkRestored,
+            0x8A => Self::ForkFilled,
             0x81 => Self::Welcome,
             0x82 => Self::Refused,
             0x83 => Self::Grant,
@@ -109,6 +138,33 @@ impl WindowRange {
     /// First byte after the range; saturating, since a peer may send anything.
     pub fn end(&self) -> u64 {
         self.offset.saturating_add(self.len)
+    }
+}
+
+/// Neighbouring granules of a client's heap that show neighbouring granules of
+/// the window. All in bytes, multiples of [`GRANULE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SharedRun {
+    /// Address in the client.
+    pub addr: u64,
+    /// Offset into the window.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl SharedRun {
+    /// The part of the window that it shows.
+    pub fn window(&self) -> WindowRange {
+        WindowRange {
+            offset: self.offset,
+            len: self.len,
+        }
+    }
+
+    /// First byte of the window after it; saturating.
+    pub fn end(&self) -> u64 {
+        self.window().end()
     }
 }
 
@@ -200,6 +256,35 @@ impl Message {
         }
         self.count = (ranges.len().min(MAX_RANGES) as u32).into();
         self
+    }
+
+    /// Sets the runs, each as two ranges; those beyond [`MAX_RUNS`] are left out.
+    pub fn with_runs(self, runs: &[SharedRun]) -> Self {
+        debug_assert!(runs.len() <= MAX_RUNS);
+        let mut ranges = [WindowRange::default(); MAX_RANGES];
+        let count = runs.len().min(MAX_RUNS) * 2;
+        for (pair, run) in ranges.chunks_exact_mut(2).zip(runs) {
+            pair[0] = WindowRange {
+                offset: run.addr,
+                len: run.len,
+            };
+            pair[1] = run.window();
+        }
+        self.with_ranges(&ranges[..count])
+    }
+
+    /// The runs: of each two ranges the first is addresses of the client, the
+    /// second as long a part of the window.
+    pub fn shared_runs(&self) -> impl ExactSizeIterator<Item = SharedRun> + Clone + use<> {
+        let ranges = self.ranges();
+        (0..ranges.as_slice().len() / 2).map(move |i| {
+            let pair = &ranges.as_slice()[2 * i..2 * i + 2];
+            SharedRun {
+                addr: pair[0].offset,
+                offset: pair[1].offset,
+                len: pair[0].len.min(pair[1].len),
+            }
+        })
     }
 
     /// Checks `bytes` and reads them.

@@ -17,6 +17,7 @@ use super::connection::{Connection, ConnectionId, Phase};
 use super::driving::DeviceThread;
 use super::fabric::FabricThread;
 use super::forced::PendingForce;
+use super::fork::Forks;
 use super::handover::Leaving;
 use super::lease::{ClientId, LeaseTable, Synced};
 use super::listener::Listener;
@@ -83,6 +84,7 @@ pub struct Broker {
     pub(super) clients: BTreeMap<ClientId, Client>,
     pub(super) runs: Runs,
     pub(super) recalls: Recalls,
+    pub(super) forks: Forks,
     pub(super) adds: Vec<PendingAdd>,
     pub(super) forces: Vec<PendingForce>,
     /// What became of offers that the orchestrator has not told of yet.
@@ -135,6 +137,7 @@ impl Broker {
             clients: BTreeMap::new(),
             runs: Runs::default(),
             recalls: Recalls::default(),
+            forks: Forks::default(),
             adds: Vec::new(),
             forces: Vec::new(),
             outcomes: Vec::new(),
@@ -165,7 +168,7 @@ impl Broker {
     /// # Errors
     /// Only what makes serving impossible: poll(2) itself failing.
     pub fn serve(&mut self, listener: &Listener, stop: &Stop) -> Result<(), Errno> {
-        while !stop.reached(self.clients.is_empty()) {
+        while !stop.reached(self.clients.is_empty() && self.forks.is_empty()) {
             self.turn(listener, stop)?;
         }
         Ok(())
@@ -175,6 +178,7 @@ impl Broker {
     fn turn(&mut self, listener: &Listener, stop: &Stop) -> Result<(), Errno> {
         let ready = self.wait(listener, stop)?;
         let now = Instant::now();
+        self.hear_families(now);
         if ready.listener {
             self.accept(listener, now);
         }
@@ -214,6 +218,9 @@ impl Broker {
         ];
         if let Some(fabric) = &self.fabric {
             fds.push(PollFd::new(fabric, PollFlags::IN));
+        }
+        if let Some(bell) = self.forks.bell() {
+            fds.push(PollFd::from_borrowed_fd(bell, PollFlags::IN));
         }
         if let Some(warmer) = &self.warmer {
             fds.push(PollFd::new(warmer, PollFlags::IN));
