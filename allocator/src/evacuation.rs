@@ -46,6 +46,11 @@ impl Evacuator {
         mover.takes_kernel_faults().then_some(Self { mover })
     }
 
+    /// Whether extents in a range are mapped as they were.
+    pub(crate) fn are_unchanged(&self, extents: Range<usize>) -> bool {
+        self.mover.are_unchanged(extents)
+    }
+
     /// How long threads waited for granules.
     pub(crate) fn stalls(&self) -> Stalls {
         (&self.mover.stalls()).into()

@@ -22,12 +22,13 @@ mod headroom;
 pub mod heap;
 pub mod placement;
 mod service;
+mod sharing;
 pub mod source;
 pub mod space;
 pub mod stats;
 pub mod sync;
 
-pub use config::Config;
+pub use config::{Config, ForkPolicy};
 pub use global::DcMalloc;
 pub use heap::Heap;
 pub use placement::{OnExhausted, Placement};

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 use crate::stats::Stats;
+use core::ops::Range;
 use core::time::Duration;
 use std::os::fd::BorrowedFd;
 
@@ -75,6 +76,53 @@ impl Ranges {
     }
 }
 
+/// Neighbouring granules of the heap whose content is that of neighbours in
+/// the window. All in bytes, multiples of [`GRANULE`](crate::space::GRANULE).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SharedRun {
+    /// The address of the first.
+    pub addr: usize,
+    /// Where its content is, from the start of the window.
+    pub offset: u64,
+    /// Bytes.
+    pub len: usize,
+}
+
+impl SharedRun {
+    /// Its addresses.
+    pub fn range(&self) -> Range<usize> {
+        self.addr..self.addr + self.len
+    }
+}
+
+/// How many runs one event carries, and one call takes.
+pub const RUNS_PER_EVENT: usize = 14;
+
+/// Runs inline, so that no event needs the heap.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedRuns {
+    items: [SharedRun; RUNS_PER_EVENT],
+    len: usize,
+}
+
+impl SharedRuns {
+    /// The first [`RUNS_PER_EVENT`] of some runs.
+    pub fn new(runs: impl IntoIterator<Item = SharedRun>) -> Self {
+        let mut items = [SharedRun::default(); RUNS_PER_EVENT];
+        let mut len = 0;
+        for (item, run) in items.iter_mut().zip(runs) {
+            *item = run;
+            len += 1;
+        }
+        Self { items, len }
+    }
+
+    /// The runs.
+    pub fn as_slice(&self) -> &[SharedRun] {
+        &self.items[..self.len]
+    }
+}
+
 /// A lease asked back.
 #[derive(Clone, Copy, Debug)]
 pub struct Recall {
@@ -138,6 +186,11 @@ pub enum Event {
     /// nothing to copy and nothing to answer. They count as lent until they
     /// are given back, which says that nothing maps them any more.
     Lost(Ranges),
+    /// Shared by forks, and now needed by this process alone: leases again, to
+    /// be mapped where they were.
+    Restored(SharedRuns),
+    /// Shared by forks, and now copied: this process has its own, in DRAM.
+    Filled(SharedRuns),
     /// Nothing happened in the time given.
     Timeout,
     /// The source is gone; what it lent stays lent.
@@ -146,7 +199,7 @@ pub enum Event {
 
 /// A lender of extents.
 ///
-/// `request`, `give_back` and `answer` are called from one thread of the
+/// `request`, `give_back`, `answer` and what is about forks are called from one thread of the
 /// allocator, `next_event` from another. None of them may allocate from the
 /// heap that they serve, and none is called with a lock of the allocator held.
 pub trait ExtentSource: Sync {
@@ -182,6 +235,31 @@ pub trait ExtentSource: Sync {
 
     /// Ends a recall.
     fn answer(&self, id: u64, outcome: &RecallOutcome) -> bool;
+
+    /// Asks the source to serve this process's forks with a new userfaultfd:
+    /// to hear of every child and grandchild, and to give each a copy of what
+    /// it touches and was shared. `false`: it can't, and the heap is moved off
+    /// extents before each fork.
+    fn serve_forks(&self, _userfaultfd: BorrowedFd<'_>) -> bool {
+        false
+    }
+
+    /// A fork is near: until [`ExtentSource::fork_end`] nothing is restored.
+    /// Returns how many granules were [`Event::Restored`] so far; `None`: forks
+    /// are not served any more.
+    fn fork_begin(&self) -> Option<u64> {
+        None
+    }
+
+    /// These are covered by placeholders, and no leases from now on; at most
+    /// [`RUNS_PER_EVENT`]. Returns, if they are the `last`, when children may
+    /// be made. `false`: refused, all of this fork's.
+    fn fork_share(&self, _runs: &[SharedRun], _last: bool) -> bool {
+        false
+    }
+
+    /// The child is made, or is not.
+    fn fork_end(&self) {}
 
     /// Waits for the next event.
     fn next_event(&self, timeout: Duration) -> Event;

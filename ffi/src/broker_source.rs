@@ -10,15 +10,23 @@ use core::ffi::CStr;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 
-use allocator::source::{Event, ExtentSource, Ranges, Recall, RecallOutcome, Refusal, WindowRange};
+use allocator::source::{
+    Event, ExtentSource, RUNS_PER_EVENT, Ranges, Recall, RecallOutcome, Refusal, SharedRun,
+    SharedRuns, WindowRange,
+};
 use allocator::space::keep_private;
 use allocator::stats::Stats;
-use dax_backend::broker::client::{ConnectError, RecallOutcome as WireOutcome, Welcome};
+use dax_backend::broker::client::{
+    ConnectError, ForkLine, RecallOutcome as WireOutcome, SharedRuns as WireRuns, Welcome,
+};
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
 };
-use dax_backend::broker::protocol::{RefusalReason, WindowRange as WireRange};
+use dax_backend::broker::protocol::{
+    RefusalReason, SharedRun as WireRun, WindowRange as WireRange,
+};
 use dax_backend::broker::{BrokerClient, ClientPageMapping, FromBroker};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
@@ -29,6 +37,8 @@ pub struct BrokerSource {
     page: ClientPageMapping,
     window: (usize, usize),
     userfaultfd: Option<OwnedFd>,
+    /// Where the worker speaks around forks.
+    line: OnceLock<ForkLine>,
     /// The worker has a descriptor table of its own.
     apart: AtomicBool,
     lost: AtomicU64,
@@ -66,6 +76,7 @@ impl BrokerSource {
             page,
             window,
             userfaultfd,
+            line: OnceLock::new(),
             apart: AtomicBool::new(false),
             lost: AtomicU64::new(0),
         })
@@ -172,6 +183,34 @@ impl ExtentSource for BrokerSource {
         self.client.answer_recall(id, outcome, &[]).is_ok()
     }
 
+    fn serve_forks(&self, userfaultfd: BorrowedFd<'_>) -> bool {
+        let line = self.client.serve_forks(userfaultfd);
+        line.is_ok_and(|line| self.line.set(line).is_ok())
+    }
+
+    fn fork_begin(&self) -> Option<u64> {
+        self.line.get()?.begin().ok()
+    }
+
+    fn fork_share(&self, runs: &[SharedRun], last: bool) -> bool {
+        let mut wire = [WireRun::default(); RUNS_PER_EVENT];
+        for (wire, run) in wire.iter_mut().zip(runs) {
+            *wire = WireRun {
+                addr: run.addr as u64,
+                offset: run.offset,
+                len: run.len as u64,
+            };
+        }
+        let line = self.line.get();
+        line.is_some_and(|line| line.share(&wire[..runs.len()], last).is_ok())
+    }
+
+    fn fork_end(&self) {
+        if let Some(line) = self.line.get() {
+            let _ = line.end();
+        }
+    }
+
     fn next_event(&self, timeout: Duration) -> Event {
         match self.client.recv(Some(timeout)) {
             Ok(None) => Event::Timeout,
@@ -184,6 +223,8 @@ impl ExtentSource for BrokerSource {
                 exhausted,
                 last,
             },
+            Ok(Some(FromBroker::Restored(runs))) => Event::Restored(shared(&runs)),
+            Ok(Some(FromBroker::Filled(runs))) => Event::Filled(shared(&runs)),
             Ok(Some(FromBroker::CapacityAvailable)) => Event::CapacityAvailable,
             Ok(Some(FromBroker::Recall {
                 ranges, lost: true, ..
@@ -268,6 +309,14 @@ fn reason(refusal: Option<Refusal>) -> RefusalReason {
         Some(Refusal::MappingChanged) => RefusalReason::Remapped,
         _ => RefusalReason::Live,
     }
+}
+
+fn shared(wire: &WireRuns) -> SharedRuns {
+    SharedRuns::new(wire.as_slice().iter().map(|run| SharedRun {
+        addr: run.addr as usize,
+        offset: run.offset,
+        len: run.len as usize,
+    }))
 }
 
 fn from_wire(wire: &[WireRange]) -> Ranges {

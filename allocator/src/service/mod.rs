@@ -15,6 +15,7 @@ use core::time::Duration;
 use rustix::io::Errno;
 
 use crate::heap::Heap;
+use crate::sharing::Sharing;
 use crate::source::{ExtentSource, Recall};
 use crate::stats::{Stalls, Stats};
 use crate::sync::{Lock, Signal};
@@ -53,6 +54,7 @@ pub(crate) struct Service {
     stalls: Lock<Stalls>,
     /// How far system calls were restricted when this child was made.
     sandbox: AtomicI32,
+    sharing: Sharing,
 }
 
 /// Values of [`Service::fork`].
@@ -79,6 +81,7 @@ impl Service {
             moves: AtomicBool::new(false),
             stalls: Lock::new(Stalls::NONE),
             sandbox: AtomicI32::new(0),
+            sharing: Sharing::new(),
         }
     }
 
@@ -137,6 +140,7 @@ impl Service {
         for counter in self.recalled.iter().chain([&self.grants, &self.returned]) {
             counter.store(0, Ordering::Relaxed);
         }
+        self.sharing.forget();
         self.sandbox.store(sandbox(), Ordering::Relaxed);
     }
 

@@ -1,5 +1,5 @@
-//! Standing still for a fork: everything live is moved off extents, and the
-//! worker waits until the child is made.
+//! Standing still for a fork: everything live on extents is shared or moved,
+//! and the worker waits until the child is made.
 #![forbid(unsafe_code)]
 
 use core::sync::atomic::Ordering;
@@ -7,6 +7,7 @@ use core::time::Duration;
 use std::time::Instant;
 
 use super::{RUNNING, STOP, STOPPED, Service, TICK_QUIET};
+use crate::config::ForkPolicy;
 use crate::evacuation::Evacuator;
 use crate::heap::Heap;
 use crate::source::ExtentSource;
@@ -16,7 +17,7 @@ use crate::source::ExtentSource;
 const FORK_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Service {
-    /// Empties every extent of the heap into DRAM and holds the worker, so
+    /// Shares or moves what is live on extents and holds the worker, so
     /// that a child made now inherits all of the heap, and no granule in
     /// flight. Until [`Service::resume`] new granules are DRAM.
     pub(crate) fn stop(&self, heap: &Heap) {
@@ -54,7 +55,10 @@ impl Service {
         if self.fork.load(Ordering::Acquire) != STOP {
             return false;
         }
-        if let Some(evacuator) = evacuator {
+        let policy = heap.config().fork;
+        let mut shared = false;
+        if let Some(evacuator) = evacuator.as_mut().filter(|_| policy != ForkPolicy::None) {
+            shared = policy == ForkPolicy::Lazy && self.sharing.share(heap, source, evacuator);
             evacuator.clear(heap, source);
         }
         let _ = self
@@ -66,6 +70,9 @@ impl Service {
             if self.fork.load(Ordering::Acquire) == STOPPED {
                 self.forking.wait(seen, TICK_QUIET);
             }
+        }
+        if shared {
+            source.fork_end();
         }
         true
     }

@@ -200,6 +200,8 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
                 }
                 heap.wanted().raise();
             }
+            Event::Restored(runs) => service.sharing.restored(heap, runs.as_slice()),
+            Event::Filled(runs) => service.sharing.filled(heap, runs.as_slice()),
             // Whoever touches them finds out as the kernel has it.
             Event::Lost(_) | Event::Timeout => {}
             Event::Closed => service.closed(heap),

@@ -163,6 +163,9 @@ impl State {
             (granule.backing, granule.in_flight, granule.live.is_empty());
         let bytes = (pages * PAGE) as u64;
         match backing {
+            Backing::Original(_) => {
+                self.usage.extent_live = self.usage.extent_live.saturating_sub(bytes);
+            }
             Backing::Extent(_) => {
                 granule.idle_since = tick;
                 // In a child that lost its extents they count for nothing.
@@ -175,7 +178,8 @@ impl State {
                 // SAFETY: the engine gave these pages back; nobody else may
                 // read them, and they are not on the move.
                 let drop = || unsafe { map::drop_pages(at + start * PAGE, pages * PAGE) };
-                if !in_flight && !empty && drop().is_ok() {
+                let dropped = !granule.inherited && !in_flight && !empty && drop().is_ok();
+                if dropped {
                     granule.dirty.remove(start, pages);
                 }
                 self.usage.dram_live -= bytes;

@@ -20,6 +20,9 @@ pub enum Backing {
     Extent(u64),
     /// Anonymous memory.
     Dram,
+    /// The extent at this offset (bytes) as it was when this process forked:
+    /// behind a placeholder that the source serves, and no lease.
+    Original(u64),
     /// An extent that a forked child does not have: inaccessible.
     Lost,
 }
@@ -53,6 +56,9 @@ pub(super) struct Granule {
     pub(super) refused: bool,
     /// In DRAM because the placement wants it so, not for want of extents.
     pub(super) by_choice: bool,
+    /// Inherited behind a placeholder: a page of it that is dropped reads as it
+    /// did at the fork, and not as zeroes.
+    pub(super) inherited: bool,
     /// When it became empty, in ticks of the service; for its return.
     pub(super) idle_since: u32,
 }
@@ -66,12 +72,18 @@ impl Granule {
         in_flight: false,
         refused: false,
         by_choice: false,
+        inherited: false,
         idle_since: 0,
     };
 
     /// Backed by an extent, and nothing of it is in use.
     pub(super) fn is_idle(&self) -> bool {
         matches!(self.backing, Backing::Extent(_)) && !self.in_flight && self.live.is_empty()
+    }
+
+    /// In DRAM, and not for want of extents.
+    pub(super) fn is_here_to_stay(&self) -> bool {
+        self.by_choice || self.inherited
     }
 
     /// The longest run of pages that can be handed out now.

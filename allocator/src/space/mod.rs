@@ -21,6 +21,7 @@ mod moving;
 mod pagemap;
 mod pool;
 pub mod rebind;
+mod sharing;
 mod table;
 
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
@@ -31,7 +32,7 @@ pub use map::keep_private;
 pub use moving::{Ended, Leaving, Move};
 pub use pagemap::PageMap;
 
-use crate::source::{Ranges, WindowRange};
+use crate::source::{Ranges, SharedRun, WindowRange};
 use crate::sync::Lock;
 use pool::wants;
 use table::State;
@@ -448,6 +449,7 @@ impl Space {
             index = run.end;
             state.disown(run);
         }
+        state.inherit_originals();
         let usage = &mut state.usage;
         *usage = Usage {
             dram_live: usage.dram_live,

@@ -123,7 +123,7 @@ impl Space {
                 let granule = state.granule(index);
                 granule.tier == Tier::Extent
                     && granule.backing == Backing::Dram
-                    && !(granule.in_flight || granule.refused || granule.by_choice)
+                    && !(granule.in_flight || granule.refused || granule.is_here_to_stay())
             }
         };
         let first = (0..state.high).find(|&index| may(&state, index))?;
@@ -145,7 +145,7 @@ impl Space {
             let granule = state.granule(index);
             granule.tier == Tier::Extent
                 && granule.backing == Backing::Dram
-                && !(granule.by_choice || granule.refused || granule.in_flight)
+                && !(granule.in_flight || granule.refused || granule.is_here_to_stay())
         };
         (0..state.high).filter(displaced).count()
     }
@@ -263,7 +263,7 @@ impl State {
     }
 
     /// What `free_within` puts off while a granule is in flight.
-    fn emptied_in_flight(&mut self, index: usize, at: usize) {
+    pub(super) fn emptied_in_flight(&mut self, index: usize, at: usize) {
         match self.granule(index).backing {
             Backing::Extent(_) => {
                 let tick = self.tick;
@@ -273,6 +273,7 @@ impl State {
             // SAFETY: nothing of it is live.
             Backing::Dram if unsafe { map::unback(at, GRANULE) }.is_ok() => {
                 self.granule_mut(index).backing = Backing::None;
+                self.granule_mut(index).inherited = false;
                 self.usage.dram_held -= GRANULE as u64;
             }
             _ => {}
