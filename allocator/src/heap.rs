@@ -17,8 +17,9 @@ use crate::fork;
 use crate::headroom::headroom;
 use crate::placement::{OnExhausted, Placement};
 use crate::service::Service;
+use crate::sigbus;
 use crate::source::ExtentSource;
-use crate::space::{GRANULE, PAGE, Space, Tier};
+use crate::space::{GRANULE, Owner, PAGE, Space, Tier};
 use crate::stats::Stats;
 use crate::sync::{Guard, Lock, Signal};
 
@@ -152,6 +153,7 @@ impl Heap {
         // SAFETY: the window is as `ExtentSource::window` promises.
         unsafe { self.space.open_window(addr, len) }?;
         self.service.start(self, source)?;
+        sigbus::install(self);
         self.expect_extents();
         if self.config().placement.bound_tier() == Tier::Extent {
             self.wait_for_extents(1, ANSWER_WITHIN);
@@ -476,6 +478,7 @@ impl Heap {
             arenas: (engine::automatic().count()
                 + self.extra.made().count()
                 + arena::table().count()) as u32,
+            lost: self.space.lost_bytes(),
             callback_panics: callbacks().panics(),
             exhausted: self.exhausted.load(Ordering::Relaxed),
             evacuated: self.evacuated.load(Ordering::Relaxed),
@@ -491,6 +494,11 @@ impl Heap {
     /// Says for the last time what the heap holds: the process ends.
     pub fn publish(&'static self) {
         self.service.publish(self);
+    }
+
+    /// Whether what is lost of an owner reads as zeroes.
+    pub(crate) fn zeroes_lost(&self, owner: Owner) -> bool {
+        self.config().zero_lost || arena::table().hears(owner)
     }
 
     /// Bytes of DRAM that granules may still move to: within `dram_limit`, and

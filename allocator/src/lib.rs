@@ -23,8 +23,10 @@ mod global;
 mod headroom;
 pub mod heap;
 mod outcome;
+mod pin;
 pub mod placement;
 mod service;
+mod sigbus;
 pub mod source;
 pub mod space;
 pub mod stats;
@@ -32,10 +34,13 @@ pub mod sync;
 mod thread;
 
 pub use allocator_api2;
-pub use arena::{Arena, ArenaBuilder, ArenaError, ArenaStats, MAX_ARENAS, MAX_NAME, Pressure};
+pub use arena::{
+    Arena, ArenaBuilder, ArenaError, ArenaStats, Lost, MAX_ARENAS, MAX_NAME, Pressure,
+};
 pub use config::Config;
 pub use global::DcMalloc;
 pub use heap::Heap;
+pub use pin::{PinError, PinGuard};
 pub use placement::{OnExhausted, Placement};
 pub use source::ExtentSource;
 pub use stats::Stats;

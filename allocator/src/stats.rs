@@ -43,6 +43,9 @@ pub struct Stats {
     pub stalls: Stalls,
     /// Times that an allocation found the source exhausted (a count).
     pub exhausted: u64,
+    /// Bytes in use whose content was lost: a device took it by force, or it
+    /// was found broken.
+    pub lost: u64,
     /// Callbacks of the program that panicked (a count).
     pub callback_panics: u64,
     /// Settings that could not be read (a count).

@@ -1,4 +1,4 @@
-//! Calling the program: under pressure.
+//! Calling the program: under pressure, and when something was lost.
 //!
 //! Callbacks are the program's code and data, which may lie on extents, so
 //! they run on a thread of their own. The worker leaves a note in static
@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::slot::{Slot, table};
+use super::slot::{SLOTS, Slot, table};
 use super::threads;
 use crate::heap::Heap;
 use crate::source::{Ranges, Recall};
@@ -34,13 +34,23 @@ pub struct Pressure {
     pub within: Duration,
 }
 
+/// Content of an arena was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Lost {
+    /// Bytes of granules that read as zeroes now, since the last call.
+    pub bytes: u64,
+}
+
 type OnPressure = Arc<dyn Fn(&Pressure) + Send + Sync>;
+type OnLost = Arc<dyn Fn(&Lost) + Send + Sync>;
 
 /// What the program said about an arena. Not for the heap's own threads.
 pub(crate) struct Told {
     pub(super) name: String,
     pub(super) priority: i32,
     pub(super) pressure: Option<OnPressure>,
+    pub(super) lost: Option<OnLost>,
 }
 
 impl Told {
@@ -49,6 +59,7 @@ impl Told {
             name: name.to_owned(),
             priority: 0,
             pressure: None,
+            lost: None,
         }
     }
 }
@@ -69,6 +80,8 @@ pub(crate) struct Callbacks {
     ask: Lock<Option<Ask>>,
     /// The thread is at work on an ask.
     busy: AtomicBool,
+    /// Bytes lost of each arena that its owner has not been told of.
+    lost: [AtomicU64; SLOTS],
     /// Raised for the thread.
     called: Signal,
     /// Raised by the thread.
@@ -81,6 +94,7 @@ static CALLBACKS: Callbacks = Callbacks {
     running: AtomicBool::new(false),
     ask: Lock::new(None),
     busy: AtomicBool::new(false),
+    lost: [const { AtomicU64::new(0) }; SLOTS],
     called: Signal::new(),
     done: Signal::new(),
     panics: AtomicU64::new(0),
@@ -122,6 +136,13 @@ impl Callbacks {
             }
             self.done.wait(seen, left);
         }
+    }
+
+    /// Has the owner of an arena told that content of it was lost, if it wants
+    /// to hear.
+    pub(super) fn tell_lost(&self, slot: usize, bytes: u64) {
+        self.lost[slot].fetch_add(bytes, Ordering::AcqRel);
+        self.called.raise();
     }
 
     /// How many callbacks panicked.
@@ -168,6 +189,17 @@ impl Callbacks {
             give_back(ask.heap, slot, generation);
         }
     }
+
+    fn tell(&self, slot: &'static Slot) {
+        let bytes = self.lost[slot.index()].swap(0, Ordering::AcqRel);
+        let callback = match &*slot.told.lock() {
+            Some(told) if bytes > 0 => told.lost.clone(),
+            _ => None,
+        };
+        if let Some(callback) = callback {
+            self.run(|| callback(&Lost { bytes }));
+        }
+    }
 }
 
 /// Makes free pages what a callback freed.
@@ -184,6 +216,7 @@ extern "C" fn main(_: *mut c_void) -> *mut c_void {
     let callbacks = callbacks();
     loop {
         let seen = callbacks.called.read();
+        table().open_slots().for_each(|slot| callbacks.tell(slot));
         let ask = callbacks.ask.lock().take();
         if let Some(ask) = ask {
             callbacks.carry_out(&ask);

@@ -7,6 +7,7 @@
 
 mod answering;
 mod asking;
+mod losing;
 mod standing;
 mod threads;
 
@@ -15,7 +16,7 @@ use core::time::Duration;
 use rustix::io::Errno;
 
 use crate::heap::Heap;
-use crate::source::{ExtentSource, Recall};
+use crate::source::{ExtentSource, Ranges, Recall};
 use crate::stats::{Stalls, Stats};
 use crate::sync::{Lock, Signal};
 
@@ -39,6 +40,8 @@ pub(crate) struct Service {
     /// A request is on its way to the source.
     asked: AtomicBool,
     recalls: Lock<[Option<Recall>; RECALLS]>,
+    /// Ranges that were lost and are mapped no more, for the worker to return.
+    lost: Lock<[Option<Ranges>; RECALLS]>,
     /// Somebody waits for all that is unused to be given back.
     trim: AtomicBool,
     grants: AtomicU64,
@@ -70,6 +73,7 @@ impl Service {
             plenty: AtomicBool::new(false),
             asked: AtomicBool::new(false),
             recalls: Lock::new([None; RECALLS]),
+            lost: Lock::new([None; RECALLS]),
             trim: AtomicBool::new(false),
             grants: AtomicU64::new(0),
             returned: AtomicU64::new(0),
@@ -129,6 +133,7 @@ impl Service {
         unsafe {
             self.source.force_unlock();
             self.recalls.force_unlock();
+            self.lost.force_unlock();
             self.stalls.force_unlock();
         }
         *self.source.lock() = None;

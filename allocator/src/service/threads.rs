@@ -98,6 +98,8 @@ fn work(
         if service.plenty.swap(false, Ordering::AcqRel) {
             restraint = 0;
         }
+        service.let_go_of_lost(heap, source);
+        service.lose_broken(heap);
         while let Some(recall) = service.take_recall() {
             // What threads lacked may be met by now; who still waits says so.
             heap.demand().store(0, Ordering::Release);
@@ -176,8 +178,8 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
                 }
                 heap.wanted().raise();
             }
-            // Whoever touches them finds out as the kernel has it.
-            Event::Lost(_) | Event::Timeout => {}
+            Event::Lost(ranges) => service.lose(heap, &ranges),
+            Event::Timeout => {}
             Event::Closed => service.closed(heap),
         }
     }

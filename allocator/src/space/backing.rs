@@ -163,8 +163,9 @@ impl State {
             "pages freed that are not live"
         );
         granule.live.remove(start, pages);
-        let (backing, in_flight, empty) =
-            (granule.backing, granule.in_flight, granule.live.is_empty());
+        let (backing, empty) = (granule.backing, granule.live.is_empty());
+        // What is pinned stays, whoever freed it.
+        let in_flight = granule.in_flight || granule.pins > 0;
         let bytes = (pages * PAGE) as u64;
         match backing {
             Backing::Extent(_) => {

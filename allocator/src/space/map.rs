@@ -4,9 +4,10 @@
 
 use core::ffi::c_void;
 use core::ptr::null_mut;
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
-use rustix::mm::{madvise, mmap_anonymous, mremap_fixed, munmap};
+use rustix::mm::{madvise, mmap, mmap_anonymous, mremap_fixed, munmap};
 
 /// Reserves `len` bytes of addresses aligned to `align`; nothing may touch
 /// them until a granule is backed.
@@ -63,6 +64,20 @@ pub(super) unsafe fn back_with_window(at: usize, alias: usize, len: usize) -> Re
     // SAFETY: the caller owns the target addresses, and an old size of 0
     // leaves the source mapping as it is.
     unsafe { mremap_fixed(alias as *mut c_void, 0, len, flags, at as *mut c_void) }.map(drop)
+}
+
+/// Makes `len` bytes at `at` raise SIGBUS when they are touched, and system
+/// calls that touch them fail with EFAULT: a file that ends before them
+/// (mmap(2)).
+///
+/// # Safety
+/// As [`back_with_dram`].
+pub(super) unsafe fn back_with_nothing(at: usize, len: usize) -> Result<(), Errno> {
+    let file = memfd_create("dcmalloc-lost", MemfdFlags::CLOEXEC)?;
+    let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
+    let flags = flags | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: the caller owns these addresses.
+    unsafe { mmap(at as *mut c_void, len, prot, flags, &file, 0) }.map(drop)
 }
 
 /// Makes `len` bytes at `at` a bare reservation again, whatever was there.

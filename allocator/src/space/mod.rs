@@ -16,15 +16,17 @@
 
 mod backing;
 mod granule;
+mod losing;
 mod map;
 mod moving;
 mod pagemap;
+mod pinning;
 mod pool;
 pub mod rebind;
 mod table;
 
 use core::sync::atomic::{
-    AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering,
+    AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
 use rustix::io::Errno;
 
@@ -33,6 +35,7 @@ pub use map::keep_private;
 pub(crate) use map::table as map_table;
 pub use moving::{Ended, Leaving, Move};
 pub use pagemap::PageMap;
+pub(crate) use pinning::TryPin;
 
 use crate::source::{Ranges, WindowRange};
 use crate::sync::Lock;
@@ -118,6 +121,8 @@ pub struct Space {
     dram_when_exhausted: AtomicBool,
     /// Whether unused granules are short: `FINE`, `SHORT` or `TOLD`.
     low: AtomicU8,
+    /// Bytes of live granules whose content was lost.
+    lost: AtomicU64,
     /// For [`Space::owner_of`], written once.
     owners: AtomicPtr<AtomicU16>,
     base: AtomicUsize,
@@ -148,6 +153,7 @@ impl Space {
             refusals: AtomicU32::new(0),
             dram_when_exhausted: AtomicBool::new(true),
             low: AtomicU8::new(FINE),
+            lost: AtomicU64::new(0),
             owners: AtomicPtr::new(core::ptr::null_mut()),
             base: AtomicUsize::new(0),
             granules: AtomicUsize::new(0),
@@ -246,15 +252,26 @@ impl Space {
     /// or nothing is there.
     #[inline]
     pub fn owner_of(&self, addr: usize) -> Option<Owner> {
+        Owner::from_entry(self.entry_of(addr) & !table::LOST)
+    }
+
+    /// Whether what lies at an address was lost and touching it raises SIGBUS;
+    /// without a lock.
+    pub(crate) fn is_lost(&self, addr: usize) -> bool {
+        self.entry_of(addr) & table::LOST != 0
+    }
+
+    #[inline]
+    fn entry_of(&self, addr: usize) -> u16 {
         let granules = self.granules.load(Ordering::Acquire);
         let index = addr.wrapping_sub(self.base.load(Ordering::Relaxed)) / GRANULE;
         if index >= granules {
-            return None;
+            return 0;
         }
         // SAFETY: `open` stored a table of `granules` entries before it stored
         // how many, and it stays.
         let entry = unsafe { &*self.owners.load(Ordering::Relaxed).add(index) };
-        Owner::from_entry(entry.load(Ordering::Relaxed))
+        entry.load(Ordering::Relaxed)
     }
 
     /// What backs the granule that `addr` lies in.

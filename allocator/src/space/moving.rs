@@ -86,6 +86,7 @@ impl Space {
                 let granule = state.granule(index);
                 !granule.in_flight
                     && granule.refused.is_none()
+                    && granule.pins == 0
                     && !granule.live.is_empty()
                     && matches!(granule.backing, Backing::Extent(o) if wants(leaving.wanted, o))
             }
@@ -127,7 +128,10 @@ impl Space {
                 let granule = state.granule(index);
                 granule.tier == Tier::Extent
                     && granule.backing == Backing::Dram
-                    && !(granule.in_flight || granule.refused.is_some() || granule.by_choice)
+                    && !(granule.in_flight
+                        || granule.refused.is_some()
+                        || granule.by_choice
+                        || granule.pins > 0)
             }
         };
         let first = (0..state.high).find(|&index| may(&state, index))?;
@@ -197,12 +201,11 @@ impl Space {
                 if left == 0 {
                     return refused;
                 }
-                if granule.refused.is_some() == with_reason
-                    && !granule.is_idle()
-                    && wants(wanted, offset)
-                {
+                let pinned = (granule.pins > 0).then_some(Refusal::Pinned);
+                let known = granule.refused.or(pinned);
+                if known.is_some() == with_reason && !granule.is_idle() && wants(wanted, offset) {
                     let len = (GRANULE as u64).min(left);
-                    let reason = granule.refused.unwrap_or(otherwise);
+                    let reason = known.unwrap_or(otherwise);
                     refused.add(reason, WindowRange { offset, len });
                 }
             }
@@ -305,7 +308,7 @@ impl State {
     }
 
     /// What `free_within` puts off while a granule is in flight.
-    fn emptied_in_flight(&mut self, index: usize, at: usize) {
+    pub(super) fn emptied_in_flight(&mut self, index: usize, at: usize) {
         match self.granule(index).backing {
             Backing::Extent(_) => {
                 let tick = self.tick;

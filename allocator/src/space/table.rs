@@ -8,6 +8,9 @@ use super::granule::{
 use super::pool::Pool;
 use super::{Run, Usage};
 
+/// In the table of owners: what is there is lost.
+pub(super) const LOST: u16 = 1 << 15;
+
 /// Free runs of 1, 2, 4 … 512 pages have a hint each.
 const HINTS: usize = 10;
 
@@ -157,6 +160,7 @@ impl State {
         }
         let owner = match granule.backing {
             Backing::None => 0,
+            Backing::Lost => granule.owner.to_entry() | LOST,
             _ => granule.owner.to_entry(),
         };
         // SAFETY: as above.
