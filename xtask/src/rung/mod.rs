@@ -11,7 +11,7 @@ mod programs;
 mod recall;
 mod speed;
 mod symbols;
-mod unit;
+pub(crate) mod unit;
 
 use anyhow::Result;
 

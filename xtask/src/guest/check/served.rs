@@ -1,0 +1,100 @@
+//! `dcm serve --device` over the guest's device, and programs on it.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use super::super::inside::Guest;
+use super::super::port::Piece;
+use crate::broker::{self, Broker};
+
+pub(super) const MIB: u64 = 1 << 20;
+/// For anything that a broker or a program does. The window is slow, and so may be the machine.
+pub(super) const LIMIT: Duration = Duration::from_secs(240);
+
+/// A piece of a DC region, in MiB.
+pub(super) fn mib(offset: u64, len: u64) -> Piece {
+    Piece {
+        offset: offset * MIB,
+        len: len * MIB,
+    }
+}
+
+/// A broker over the device.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub(super) broker: Broker,
+}
+
+impl Served {
+    pub(super) fn start(guest: &Guest) -> Result<Self> {
+        let broker = Broker::over(&["--device", &guest.device], LIMIT)?;
+        Ok(Self { broker })
+    }
+
+    /// One that is offered `pieces` of region 0 at once, and has them ready.
+    pub(super) fn with(guest: &Guest, pieces: &[Piece]) -> Result<Self> {
+        let served = Self::start(guest)?;
+        ensure!(
+            served.number("/capacity/accepted")? == 0,
+            "an earlier check has left capacity behind"
+        );
+        guest.add(0, pieces)?;
+        let bytes: u64 = pieces.iter().map(|piece| piece.len).sum();
+        served.until("/capacity/accepted", |accepted| accepted == bytes)?;
+        served.until("/capacity/clean", |clean| clean == bytes)?;
+        Ok(served)
+    }
+
+    /// A number of `dcm status`.
+    pub(super) fn number(&self, pointer: &str) -> Result<u64> {
+        self.broker.status_number(pointer)
+    }
+
+    /// Waits for a number of `dcm status` to be as it should; how long that took.
+    pub(super) fn until(&self, pointer: &str, is_it: impl Fn(u64) -> bool) -> Result<Duration> {
+        let start = Instant::now();
+        loop {
+            let number = self.number(pointer)?;
+            if is_it(number) {
+                return Ok(start.elapsed());
+            }
+            ensure!(
+                start.elapsed() < LIMIT,
+                "{pointer} is still {number} after {} s",
+                LIMIT.as_secs()
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The last receipt.
+    pub(super) fn receipt(&self) -> Result<Value> {
+        let status = self.broker.order_json(&["status"])?;
+        let receipts = status["receipts"].as_array().context("no receipts")?;
+        receipts.last().cloned().context("no receipt")
+    }
+
+    /// `program` with its heap on extents.
+    pub(super) fn run(&self, program: &str) -> Command {
+        self.broker.run(PathBuf::from(program).as_path())
+    }
+
+    /// Gives all capacity back, and ends.
+    pub(super) fn leave(self) -> Result<()> {
+        let accepted = self.number("/capacity/accepted")?;
+        if accepted > 0 {
+            let receipt = self
+                .broker
+                .order_json(&["release", &accepted.to_string()])?;
+            let returned = broker::number(&receipt, "/returned")?;
+            ensure!(returned == accepted, "only part goes back: {receipt}");
+        }
+        self.broker.end(Signal::TERM)
+    }
+}
