@@ -3,3 +3,8 @@
 #![forbid(unsafe_code)]
 
 pub mod store;
+
+/// The Rust of the pages, tried by rustdoc.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+mod readme {}

@@ -5,7 +5,9 @@
 mod bench;
 mod broker;
 mod demo;
+mod docs;
 mod guest;
+mod man;
 mod packages;
 mod process;
 mod program;
@@ -29,6 +31,10 @@ struct Options {
 enum Task {
     /// Run the rungs of the test ladder, all or those named
     Test(test::Options),
+    /// Run every command and code block of the pages as written
+    Docs(docs::Options),
+    /// Make the man pages and shell completions
+    Man,
     /// Show the whole: a software device, a workload on it, capacity taken back
     Demo,
     /// Compare with jemalloc on our workload programs; options as of `compare --help`
@@ -41,6 +47,8 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Options::parse().task {
         Task::Test(options) => test::run(&options),
+        Task::Docs(options) => docs::run(&options),
+        Task::Man => man::run(),
         Task::Demo => demo::run().map(|()| true),
         Task::Bench(options) => bench::run(&options),
         Task::Guest(task) => guest::run(&task),

@@ -9,6 +9,7 @@ mod docs;
 mod format;
 mod programs;
 mod recall;
+mod rustdoc;
 mod speed;
 mod symbols;
 mod unit;
@@ -42,14 +43,19 @@ pub(crate) const ALL: &[Rung] = &[
         run: unit::run,
     },
     Rung {
-        name: "docs",
+        name: "rustdoc",
         shows: "the documentation builds without a warning",
-        run: docs::run,
+        run: rustdoc::run,
     },
     Rung {
         name: "build",
         shows: "dcm and the libraries build for release",
         run: build::run,
+    },
+    Rung {
+        name: "docs",
+        shows: "every command and code block of the pages works as written; man pages render",
+        run: docs::run,
     },
     Rung {
         name: "symbols",
