@@ -1,6 +1,9 @@
 //! `dcm`: run programs on dynamic CXL capacity, serve a device, look at both.
 
+mod attach;
+mod capacity;
 mod conf;
+mod devices;
 mod emulate;
 mod failure;
 mod keeper;
@@ -33,6 +36,8 @@ enum Command {
     Run(run::Options),
     /// Own a device and lend its capacity to programs
     Serve(serve::Options),
+    /// List the CXL memory devices of this machine, and make them ready
+    Devices(devices::Options),
     /// Show a broker: its device, its extents, who holds what
     Status(orders::StatusOptions),
     /// Watch a broker: extents as a map, processes, recalls, receipts, stalls; q ends it
@@ -47,6 +52,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(options) => run::run(&options),
         Command::Serve(options) => serve::serve(&options).map(|()| 0),
+        Command::Devices(options) => devices::devices(&options).map(|()| 0),
         Command::Status(options) => orders::status(&options).map(|()| 0),
         Command::Top(options) => top::top(&options).map(|()| 0),
         Command::Add(options) => orders::add(&options).map(|()| 0),
