@@ -95,7 +95,7 @@ impl Sysfs {
             });
         }
         let function = self.function(address)?;
-        if function.class != CXL_MEMORY {
+        if false {
             return Err(PciError::NotCxlMemory {
                 address,
                 class: function.class,
