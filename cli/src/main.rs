@@ -1,8 +1,10 @@
 //! `dcm`: run programs on dynamic CXL capacity, serve a device, look at both.
 
 mod conf;
+mod doctor;
 mod emulate;
 mod failure;
+mod generate;
 mod keeper;
 mod live;
 mod log;
@@ -21,7 +23,7 @@ use clap::{Parser, Subcommand};
 
 /// Run programs on dynamic CXL capacity.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 100)]
+#[command(version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -37,10 +39,18 @@ enum Command {
     Status(orders::StatusOptions),
     /// Watch a broker: extents as a map, processes, recalls, receipts, stalls; q ends it
     Top(top::Options),
+    /// Tell what this machine has and lacks for running, why it matters and what mends it; exits
+    /// with 1 if something is missing
+    Doctor(doctor::Options),
     /// Have capacity added to a broker's device
     Add(orders::AddOptions),
     /// Have capacity given back to the device; prints a receipt
     Release(orders::ReleaseOptions),
+    /// Print a completion script: `eval "$(dcm completions bash)"`
+    Completions(generate::CompletionOptions),
+    /// Write the man pages into a directory
+    #[command(hide = true)]
+    Man(generate::ManOptions),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +59,9 @@ fn main() -> ExitCode {
         Command::Serve(options) => serve::serve(&options).map(|()| 0),
         Command::Status(options) => orders::status(&options).map(|()| 0),
         Command::Top(options) => top::top(&options).map(|()| 0),
+        Command::Doctor(options) => doctor::doctor(&options),
+        Command::Completions(options) => generate::completions(&options).map(|()| 0),
+        Command::Man(options) => generate::man(&options).map(|()| 0),
         Command::Add(options) => orders::add(&options).map(|()| 0),
         Command::Release(options) => orders::release(&options).map(|()| 0),
     };

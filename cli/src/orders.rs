@@ -156,11 +156,11 @@ fn strange() -> Failure {
     anyhow!("the broker answered something else").into()
 }
 
-fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
     print(&(serde_json::to_string_pretty(value)? + "\n"))
 }
 
-fn print(text: &str) -> Result<(), Failure> {
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
     use std::io::Write;
     let written = std::io::stdout().lock().write_all(text.as_bytes());
     match written {

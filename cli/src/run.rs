@@ -248,7 +248,7 @@ impl OwnBroker {
     }
 }
 
-fn find_library() -> Result<PathBuf, Failure> {
+pub(crate) fn find_library() -> Result<PathBuf, Failure> {
     if let Some(path) = env::var_os(LIBRARY_VARIABLE).filter(|path| !path.is_empty()) {
         let path = PathBuf::from(path);
         return if path.is_file() {

@@ -6,6 +6,8 @@
 
 mod call;
 mod client;
+mod doctor;
+mod generate;
 mod live;
 mod orders;
 mod run;
