@@ -3,6 +3,7 @@
 
 use std::fmt::Write;
 
+use dax_backend::broker::GRANULE;
 use dax_backend::broker::admin::Added;
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
@@ -141,6 +142,18 @@ pub(crate) fn run(report: &RunReport) -> String {
         Bytes(total.recall_bytes_refused),
         total.exhausted_count
     );
+    let spill = [
+        total.spilled_granules,
+        total.restored_granules,
+        total.spill_lost_granules,
+    ];
+    if spill != [0; 3] {
+        let [now, back, lost] = spill.map(|granules| Bytes(granules.saturating_mul(GRANULE)));
+        line!(
+            out,
+            "  {now} in spill files now, {back} came back from there, {lost} lost there"
+        );
+    }
     if total.unforked_granules > 0 {
         line!(
             out,

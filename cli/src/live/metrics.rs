@@ -248,6 +248,16 @@ fn broker(page: &mut Page, status: &Status) {
             "Granules of 2 MiB moved back onto extents.",
             total.promoted_granules,
         ),
+        (
+            "restored_granules_total",
+            "Granules of 2 MiB brought back from spill files.",
+            total.restored_granules,
+        ),
+        (
+            "spill_lost_granules_total",
+            "Granules of 2 MiB whose spill file could not give them back.",
+            total.spill_lost_granules,
+        ),
     ] {
         page.counter(name, help, value);
     }

@@ -217,6 +217,15 @@ pub struct RunTotal {
     /// Live granules that forks left out.
     #[serde(default)]
     pub unforked_granules: u64,
+    /// Granules of which the content is in a file now.
+    #[serde(default)]
+    pub spilled_granules: u64,
+    /// Granules that came back from a file.
+    #[serde(default)]
+    pub restored_granules: u64,
+    /// Granules whose file did not hold any more what was written.
+    #[serde(default)]
+    pub spill_lost_granules: u64,
     /// Times that extents ran out for a process.
     pub exhausted_count: u64,
     /// All `DEGRADED_*` bits of all processes.
@@ -241,6 +250,7 @@ impl RunTotal {
             add(&mut self.dram_live_bytes, stats.dram_live_bytes);
             add(&mut self.extent_held_bytes, stats.extent_held_bytes);
             add(&mut self.dram_granule_bytes, stats.dram_granule_bytes);
+            add(&mut self.spilled_granules, stats.spilled_granules);
         }
         add(&mut self.extent_live_peak, stats.extent_live_peak);
         add(&mut self.dram_live_peak, stats.dram_live_peak);
@@ -257,6 +267,8 @@ impl RunTotal {
         add(&mut self.evacuated_granules, stats.evacuated_granules);
         add(&mut self.promoted_granules, stats.promoted_granules);
         add(&mut self.unforked_granules, stats.unforked_granules);
+        add(&mut self.restored_granules, stats.restored_granules);
+        add(&mut self.spill_lost_granules, stats.spill_lost_granules);
         add(&mut self.exhausted_count, stats.exhausted_count);
         add(&mut self.stall_ns, stats.stall_ns);
         for (sum, waits) in self.stalls.iter_mut().zip(stats.stalls) {
@@ -301,4 +313,37 @@ pub struct BrokerCounters {
     pub recalls: u64,
     /// Bytes wiped.
     pub wiped_bytes: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_has_spilled_what_its_processes_have() {
+        let process = |ended: bool| ProcessReport {
+            pid: 1,
+            uid: 0,
+            command: String::new(),
+            run: None,
+            connected: !ended,
+            ended,
+            leased: 0,
+            leased_peak: 0,
+            leases: 0,
+            recalls: 0,
+            stats: ClientStats {
+                spilled_granules: 5,
+                restored_granules: 3,
+                spill_lost_granules: 1,
+                ..ClientStats::default()
+            },
+        };
+        let mut total = RunTotal::default();
+        total.add(&process(false));
+        total.add(&process(true));
+        // The file of one that has ended is gone.
+        assert_eq!(total.spilled_granules, 5);
+        assert_eq!((total.restored_granules, total.spill_lost_granules), (6, 2));
+    }
 }
