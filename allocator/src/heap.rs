@@ -483,6 +483,7 @@ impl Heap {
             arenas: (engine::automatic().count()
                 + self.extra.made().count()
                 + arena::table().count()) as u32,
+            pinned: self.space.pinned_bytes(),
             callback_panics: callbacks().panics(),
             exhausted: self.exhausted.load(Ordering::Relaxed),
             evacuated: self.evacuated.load(Ordering::Relaxed),

@@ -23,6 +23,7 @@ mod global;
 mod headroom;
 pub mod heap;
 mod outcome;
+mod pin;
 pub mod placement;
 mod service;
 pub mod source;
@@ -37,6 +38,7 @@ pub use arena::{Arena, ArenaBuilder, ArenaError, ArenaStats, MAX_ARENAS, MAX_NAM
 pub use config::Config;
 pub use global::DcMalloc;
 pub use heap::Heap;
+pub use pin::{PinError, PinGuard};
 pub use placement::{OnExhausted, Placement};
 pub use source::ExtentSource;
 pub use spill::SpillState;

@@ -48,6 +48,8 @@ pub struct Stats {
     pub moves_live: bool,
     /// How long threads waited for granules that moved.
     pub stalls: Stalls,
+    /// In granules that are pinned.
+    pub pinned: u64,
     /// Times that an allocation found the source exhausted (a count).
     pub exhausted: u64,
     /// Callbacks of the program that panicked (a count).

@@ -126,7 +126,7 @@ impl State {
     fn unback_unused(&mut self, run: Range<usize>) {
         for index in run {
             let granule = self.granule(index);
-            if granule.backing == Backing::Dram && granule.live.is_empty() && !granule.in_flight {
+            if granule.backing == Backing::Dram && granule.live.is_empty() && !granule.stays() {
                 self.unback_dram(index..index + 1);
             }
         }
@@ -163,23 +163,22 @@ impl State {
             "pages freed that are not live"
         );
         granule.live.remove(start, pages);
-        let (backing, in_flight, empty) =
-            (granule.backing, granule.in_flight, granule.live.is_empty());
+        let (backing, stays, empty) = (granule.backing, granule.stays(), granule.live.is_empty());
         let bytes = (pages * PAGE) as u64;
         match backing {
             Backing::Extent(_) => {
                 granule.idle_since = tick;
                 // In a child that lost its extents they count for nothing.
                 self.usage.extent_live = self.usage.extent_live.saturating_sub(bytes);
-                if empty && !in_flight {
+                if empty && !stays {
                     self.usage.idle += GRANULE as u64;
                 }
             }
             Backing::Dram => {
                 // SAFETY: the engine gave these pages back; nobody else may
-                // read them, and they are not on the move.
+                // read them, and they are neither on the move nor pinned.
                 let drop = || unsafe { map::drop_pages(at + start * PAGE, pages * PAGE) };
-                if !in_flight && !empty && drop().is_ok() {
+                if !stays && !empty && drop().is_ok() {
                     granule.dirty.remove(start, pages);
                 }
                 self.usage.dram_live -= bytes;
@@ -191,7 +190,7 @@ impl State {
             Backing::None | Backing::Lost => {}
         }
         self.set_gap(index);
-        backing == Backing::Dram && empty && !in_flight
+        backing == Backing::Dram && empty && !stays
     }
 
     /// Makes empty granules in DRAM bare. Where the kernel has no memory for

@@ -118,6 +118,8 @@ pub(super) struct Granule {
     pub(super) refused: Option<Refusal>,
     /// In DRAM because the placement wants it so, not for want of extents.
     pub(super) by_choice: bool,
+    /// How many pins keep it where it is.
+    pub(super) pins: u16,
     /// When it became empty, in ticks of the service; for its return.
     pub(super) idle_since: u32,
 }
@@ -132,6 +134,7 @@ impl Granule {
         in_flight: false,
         refused: None,
         by_choice: false,
+        pins: 0,
         idle_since: 0,
     };
 
@@ -145,7 +148,12 @@ impl Granule {
 
     /// Backed by an extent, and nothing of it is in use.
     pub(super) fn is_idle(&self) -> bool {
-        matches!(self.backing, Backing::Extent(_)) && !self.in_flight && self.live.is_empty()
+        matches!(self.backing, Backing::Extent(_)) && !self.stays() && self.live.is_empty()
+    }
+
+    /// Must not be given away or emptied now, whatever is live in it.
+    pub(super) fn stays(&self) -> bool {
+        self.in_flight || self.pins > 0
     }
 
     /// The longest run of pages that can be handed out now.

@@ -19,6 +19,7 @@ mod granule;
 mod map;
 mod moving;
 mod pagemap;
+mod pinning;
 mod pool;
 pub mod rebind;
 mod spilled;
@@ -34,6 +35,8 @@ pub use map::keep_private;
 pub(crate) use map::table as map_table;
 pub use moving::{Ended, Leaving, Move};
 pub use pagemap::PageMap;
+pub use pinning::MAX_PINS;
+pub(crate) use pinning::{Pinned, TryPin};
 
 use crate::source::{Ranges, WindowRange};
 use crate::sync::Lock;
@@ -125,6 +128,8 @@ pub struct Space {
     dram_when_exhausted: AtomicBool,
     /// Whether unused granules are short: `FINE`, `SHORT` or `TOLD`.
     low: AtomicU8,
+    /// Pins of another epoch are void.
+    pin_epoch: AtomicU32,
     /// For [`Space::owner_of`], written once.
     owners: AtomicPtr<AtomicU16>,
     base: AtomicUsize,
@@ -155,6 +160,7 @@ impl Space {
             refusals: AtomicU32::new(0),
             dram_when_exhausted: AtomicBool::new(true),
             low: AtomicU8::new(FINE),
+            pin_epoch: AtomicU32::new(0),
             owners: AtomicPtr::new(core::ptr::null_mut()),
             base: AtomicUsize::new(0),
             granules: AtomicUsize::new(0),
@@ -506,6 +512,7 @@ impl Space {
     pub fn disown_extents(&self) {
         let mut state = self.state.lock();
         while state.pool.take().is_some() {}
+        self.unpin_all(&mut state);
         let mut index = 0;
         while let Some(run) = state.next_extents(index) {
             index = run.end;

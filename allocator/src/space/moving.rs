@@ -103,7 +103,7 @@ impl Space {
         let may = |state: &State, index: usize| {
             index < state.high && {
                 let granule = state.granule(index);
-                !granule.in_flight
+                !granule.stays()
                     && granule.refused.is_none()
                     && !granule.live.is_empty()
                     && matches!(granule.backing, Backing::Extent(o) if wants(leaving.wanted, o))
@@ -152,7 +152,7 @@ impl Space {
                 let granule = state.granule(index);
                 granule.tier == Tier::Extent
                     && granule.backing == Backing::Dram
-                    && !(granule.in_flight || granule.refused.is_some() || granule.by_choice)
+                    && !(granule.stays() || granule.refused.is_some() || granule.by_choice)
             }
         };
         let first = (0..state.high).find(|&index| may(&state, index))?;
@@ -175,7 +175,7 @@ impl Space {
             granule.backing == Backing::Spilled
                 || granule.tier == Tier::Extent
                     && granule.backing == Backing::Dram
-                    && !(granule.by_choice || granule.refused.is_some() || granule.in_flight)
+                    && !(granule.by_choice || granule.refused.is_some() || granule.stays())
         };
         (0..state.high).filter(displaced).count()
     }
@@ -225,12 +225,11 @@ impl Space {
                 if left == 0 {
                     return refused;
                 }
-                if granule.refused.is_some() == with_reason
-                    && !granule.is_idle()
-                    && wants(wanted, offset)
-                {
+                let pinned = (granule.pins > 0).then_some(Refusal::Pinned);
+                let known = pinned.or(granule.refused);
+                if known.is_some() == with_reason && !granule.is_idle() && wants(wanted, offset) {
                     let len = (GRANULE as u64).min(left);
-                    let reason = granule.refused.unwrap_or(otherwise);
+                    let reason = known.unwrap_or(otherwise);
                     refused.add(reason, WindowRange { offset, len });
                 }
             }
@@ -371,8 +370,8 @@ impl State {
         self.granule_mut(index).in_flight = true;
     }
 
-    /// What `free_within` puts off while a granule is in flight.
-    fn emptied_in_flight(&mut self, index: usize, at: usize) {
+    /// What `free_within` puts off while a granule is in flight, or pinned.
+    pub(super) fn emptied_in_flight(&mut self, index: usize, at: usize) {
         match self.granule(index).backing {
             Backing::Extent(_) => {
                 let tick = self.tick;
