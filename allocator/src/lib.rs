@@ -32,6 +32,7 @@ mod spill;
 pub mod stats;
 pub mod sync;
 mod thread;
+mod word;
 
 pub use allocator_api2;
 pub use arena::{Arena, ArenaBuilder, ArenaError, ArenaStats, MAX_ARENAS, MAX_NAME, Pressure};

@@ -1,13 +1,16 @@
 //! A lock that may be held across a fork, and a way to wait for a change.
 //!
 //! std's locks do not allocate either, but offer no way to unlock in a child
-//! what the parent's thread locked. Everything here is a futex(2) word.
+//! what the parent's thread locked. Everything here is a futex(2) word, of
+//! which `tests/models.rs` has another kind: there loom tries every order in
+//! which threads can get at it.
 
 use core::cell::UnsafeCell;
 use core::ops::{Deref, DerefMut};
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::Ordering;
 use core::time::Duration;
-use rustix::thread::futex;
+
+use super::word::Word;
 
 const FREE: u32 = 0;
 const HELD: u32 = 1;
@@ -16,7 +19,7 @@ const CONTENDED: u32 = 2;
 
 /// A mutual-exclusion lock.
 pub struct Lock<T> {
-    word: AtomicU32,
+    word: Word,
     value: UnsafeCell<T>,
 }
 
@@ -30,7 +33,7 @@ impl<T> Lock<T> {
     /// An unlocked lock.
     pub const fn new(value: T) -> Self {
         Self {
-            word: AtomicU32::new(FREE),
+            word: Word::new(FREE),
             value: UnsafeCell::new(value),
         }
     }
@@ -43,8 +46,7 @@ impl<T> Lock<T> {
             .is_err()
         {
             while self.word.swap(CONTENDED, Ordering::Acquire) != FREE {
-                // An error is a wake-up or a changed word: look again.
-                let _ = futex::wait(&self.word, futex::Flags::PRIVATE, CONTENDED, None);
+                self.word.wait(CONTENDED, None);
             }
         }
         Guard(self)
@@ -57,7 +59,7 @@ impl<T> Lock<T> {
     /// lock and has forgotten its guard.
     pub unsafe fn force_unlock(&self) {
         if self.word.swap(FREE, Ordering::Release) == CONTENDED {
-            let _ = futex::wake(&self.word, futex::Flags::PRIVATE, 1);
+            self.word.wake(1);
         }
     }
 }
@@ -87,7 +89,7 @@ impl<T> Drop for Guard<'_, T> {
 
 /// A counter that threads wait on: read it, look whether there is something
 /// to do, and wait until it has moved on from what was read.
-pub struct Signal(AtomicU32);
+pub struct Signal(Word);
 
 impl Default for Signal {
     fn default() -> Self {
@@ -98,7 +100,7 @@ impl Default for Signal {
 impl Signal {
     /// A signal that was never raised.
     pub const fn new() -> Self {
-        Self(AtomicU32::new(0))
+        Self(Word::new(0))
     }
 
     /// What to pass to [`Signal::wait`].
@@ -109,42 +111,12 @@ impl Signal {
     /// Wakes everyone who waits.
     pub fn raise(&self) {
         self.0.fetch_add(1, Ordering::Release);
-        let _ = futex::wake(&self.0, futex::Flags::PRIVATE, i32::MAX as u32);
+        self.0.wake(i32::MAX as u32);
     }
 
     /// Waits until the signal was raised since `seen` was read, at most for
     /// `timeout`.
     pub fn wait(&self, seen: u32, timeout: Duration) {
-        let timeout = futex::Timespec {
-            tv_sec: timeout.as_secs() as i64,
-            tv_nsec: i64::from(timeout.subsec_nanos()),
-        };
-        let _ = futex::wait(&self.0, futex::Flags::PRIVATE, seen, Some(&timeout));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_increment_is_lost() {
-        let lock = Lock::new(0u64);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| (0..50_000).for_each(|_| *lock.lock() += 1));
-            }
-        });
-        assert_eq!(*lock.lock(), 200_000);
-    }
-
-    #[test]
-    fn a_raised_signal_is_not_slept_through() {
-        let signal = Signal::new();
-        let seen = signal.read();
-        signal.raise();
-        let start = std::time::Instant::now();
-        signal.wait(seen, Duration::from_secs(20));
-        assert!(start.elapsed() < Duration::from_secs(10));
+        self.0.wait(seen, Some(timeout));
     }
 }

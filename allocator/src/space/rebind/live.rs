@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn runs_join_neighbours_across_words_and_cover_just_the_live_pages() {
-        assert!(live(&[]).runs().eq([]));
+        assert_eq!(live(&[]).runs().count(), 0);
         assert!(LivePages::ALL.runs().eq(core::iter::once(0..512)));
         let mixed = live(&[0, 1, 63, 64, 65, 300, 511]);
         assert!(mixed.runs().eq([0..2, 63..66, 300..301, 511..512]));

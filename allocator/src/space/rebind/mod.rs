@@ -46,6 +46,11 @@ mod taken;
 mod uffd;
 mod waiters;
 
+/// What `waiters` counts in; `tests/models.rs` has loom's.
+mod atomic {
+    pub(super) use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+}
+
 pub use copy::readable;
 pub use error::{RebindError, StartError};
 pub use live::LivePages;

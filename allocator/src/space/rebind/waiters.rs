@@ -3,8 +3,9 @@
 #![forbid(unsafe_code)]
 
 use super::GRANULE;
+use super::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use core::ops::Range;
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
+use core::sync::atomic::Ordering::*;
 
 /// How many waits are known at a time. When more threads wait than this, the
 /// rest is forgotten, all are woken, and those that must still wait report
@@ -31,15 +32,15 @@ impl Slot {
 
 /// One thread fills slots and one frees them, so that neither needs more than
 /// a store.
-pub(super) struct Waiters {
-    slots: [Slot; SLOTS],
+pub(super) struct Waiters<const COUNT: usize = SLOTS> {
+    slots: [Slot; COUNT],
     overflowed: AtomicBool,
 }
 
-impl Waiters {
+impl<const COUNT: usize> Waiters<COUNT> {
     pub(super) const fn new() -> Self {
         Self {
-            slots: [const { Slot::FREE }; SLOTS],
+            slots: [const { Slot::FREE }; COUNT],
             overflowed: AtomicBool::new(false),
         }
     }
@@ -87,37 +88,5 @@ impl Waiters {
     /// Mover only: whether waits were forgotten since the last call.
     pub(super) fn take_overflow(&self) -> bool {
         self.overflowed.swap(false, AcqRel)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn waits_are_known_by_granule_and_the_longest_comes_first() {
-        let waiters = Waiters::new();
-        waiters.insert(5 * GRANULE + 4096, 30);
-        waiters.insert(3 * GRANULE, 20);
-        waiters.insert(5 * GRANULE + 8192, 10);
-        assert_eq!(waiters.longest(0..usize::MAX), Some(5 * GRANULE));
-        assert_eq!(waiters.longest(0..4 * GRANULE), Some(3 * GRANULE));
-        let mut began = Vec::new();
-        waiters.remove(5 * GRANULE, |since| began.push(since));
-        assert_eq!(began, [30, 10]);
-        assert_eq!(waiters.longest(0..usize::MAX), Some(3 * GRANULE));
-    }
-
-    #[test]
-    fn a_wait_too_many_is_said_once() {
-        let waiters = Waiters::new();
-        (1..=SLOTS).for_each(|i| waiters.insert(i * GRANULE, 0));
-        assert!(!waiters.take_overflow());
-        waiters.insert(GRANULE, 0);
-        assert!(waiters.take_overflow());
-        assert!(!waiters.take_overflow());
-        waiters.remove(GRANULE, |_| ());
-        waiters.insert(7 * GRANULE, 0);
-        assert!(!waiters.take_overflow());
     }
 }
