@@ -61,21 +61,26 @@ impl PageMap {
         any
     }
 
-    /// The first run of `len` pages that are *not* in the set and start at a
-    /// multiple of `align` (a power of two).
-    pub fn first_gap(&self, len: usize, align: usize) -> Option<usize> {
+    /// Of the runs of pages that are *not* in the set, the shortest that holds
+    /// `len` pages from a multiple of `align` (a power of two) on: where those
+    /// begin, and how long the whole run is. The first of several.
+    pub fn tightest_gap(&self, len: usize, align: usize) -> Option<(usize, usize)> {
+        let mut best: Option<(usize, usize)> = None;
         let mut at = 0;
         while at + len <= PAGES_PER_GRANULE {
-            let start = self.next_clear(at).next_multiple_of(align);
-            if start + len > PAGES_PER_GRANULE {
-                return None;
+            let start = self.next_clear(at);
+            let end = self.next_set(start);
+            let aligned = start.next_multiple_of(align);
+            let gap = end - start;
+            if aligned + len <= end && best.is_none_or(|(_, shortest)| gap < shortest) {
+                best = Some((aligned, gap));
+                if gap == len {
+                    break;
+                }
             }
-            match self.next_set(start) {
-                taken if taken >= start + len => return Some(start),
-                taken => at = taken + 1,
-            }
+            at = end + 1;
         }
-        None
+        best
     }
 
     /// The length of the longest run of pages that are not in the set.
@@ -144,10 +149,19 @@ mod tests {
     use proptest::prelude::*;
 
     /// The obvious implementation the fast one is compared with.
-    fn naive_gap(taken: &[bool], len: usize, align: usize) -> Option<usize> {
+    fn naive_first(taken: &[bool], len: usize, align: usize) -> Option<usize> {
         (0..=taken.len().saturating_sub(len))
             .step_by(align)
             .find(|&s| taken[s..s + len].iter().all(|t| !t))
+    }
+
+    fn naive_tightest(taken: &[bool], len: usize, align: usize) -> Option<(usize, usize)> {
+        let free_from = |s: usize| taken[s..].iter().take_while(|t| !**t).count();
+        (0..taken.len())
+            .filter(|&s| !taken[s] && (s == 0 || taken[s - 1]))
+            .filter(|&s| s.next_multiple_of(align) + len <= s + free_from(s))
+            .map(|s| (s.next_multiple_of(align), free_from(s)))
+            .min_by_key(|&(_, gap)| gap)
     }
 
     proptest! {
@@ -166,14 +180,14 @@ mod tests {
                 prop_assert_eq!(map.intersects(start, n), insert);
             }
             prop_assert_eq!(map.count() as usize, naive.iter().filter(|t| **t).count());
-            prop_assert_eq!(map.first_gap(len, 1 << shift), naive_gap(&naive, len, 1 << shift));
+            prop_assert_eq!(map.tightest_gap(len, 1 << shift), naive_tightest(&naive, len, 1 << shift));
             let free = naive.iter().rev().take_while(|taken| !**taken).count();
             prop_assert_eq!(map.free_end(), free);
             let free = naive.iter().take_while(|taken| !**taken).count();
             prop_assert_eq!(map.free_start(), free);
             let longest = map.longest_gap();
-            prop_assert!(longest == 0 || naive_gap(&naive, longest, 1).is_some());
-            prop_assert!(longest == 512 || naive_gap(&naive, longest + 1, 1).is_none());
+            prop_assert!(longest == 0 || naive_first(&naive, longest, 1).is_some());
+            prop_assert!(longest == 512 || naive_first(&naive, longest + 1, 1).is_none());
         }
     }
 }
