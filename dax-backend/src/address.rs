@@ -159,6 +159,13 @@ pub struct HpaWindow {
     pub len: u64,
 }
 
+impl HpaWindow {
+    /// First address behind the window.
+    pub const fn end(&self) -> Hpa {
+        Hpa(self.base.0.saturating_add(self.len))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

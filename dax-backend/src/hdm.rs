@@ -98,18 +98,68 @@ impl<'a, M: Mmio> Decoders<'a, M> {
                 return Err(DecoderError::Unaligned { what, value });
             }
         }
+        if let Some(decoded) = self.decoded(dpa) {
+            self.enable();
+            return Ok(decoded);
+        }
         let (mut next_dpa, mut next_hpa) = (0, 0);
         for decoder in 0..self.count {
             let Some(earlier) = self.committed(decoder, next_dpa) else {
-                return self.commit(decoder, dpa, window, next_dpa, next_hpa);
-            };
-            if earlier.dpa.contains(&dpa) {
-                self.enable();
-                let base = Hpa(earlier.base.0 + (dpa.start.0 - earlier.dpa.start.0));
+                let skip = self.room(decoder, dpa, window, next_dpa, next_hpa)?;
+                let range = HpaWindow {
+                    len: dpa.len,
+                    ..window
+                };
+                self.commit(decoder, range, skip)?;
+                let base = window.base;
                 return Ok(DecodedWindow { base, dpa });
-            }
+            };
             next_dpa = earlier.dpa.end().0;
             next_hpa = earlier.base.0.saturating_add(earlier.dpa.len);
+        }
+        Err(DecoderError::NoneFree { count: self.count })
+    }
+
+    /// What a committed decoder makes of `dpa`; `None` if none decodes all of it.
+    pub fn decoded(&mut self, dpa: DpaRange) -> Option<DecodedWindow> {
+        let mut next_dpa = 0;
+        for decoder in 0..self.count {
+            let earlier = self.committed(decoder, next_dpa)?;
+            if earlier.dpa.contains(&dpa) {
+                let base = Hpa(earlier.base.0 + (dpa.start.0 - earlier.dpa.start.0));
+                return Some(DecodedWindow { base, dpa });
+            }
+            next_dpa = earlier.dpa.end().0;
+        }
+        None
+    }
+
+    /// For the decoders of a host bridge: sends `window` to the root port with this number, by a
+    /// decoder that covers it already or by the first free one.
+    ///
+    /// # Errors
+    /// [`DecoderError`]; nothing is committed then.
+    pub fn route(&mut self, window: HpaWindow, port: u8) -> Result<(), DecoderError> {
+        let mut next_hpa = 0;
+        for decoder in 0..self.count {
+            let control = DecoderControl::from_bits(self.read(decoder, CONTROL));
+            if !control.committed() {
+                if window.base.0 < next_hpa {
+                    return Err(out_of_order(decoder, "HPA", next_hpa, window.base.0));
+                }
+                // A host bridge has its list of targets where an endpoint has its skip: one byte
+                // for each way, and there is one way.
+                return self.commit(decoder, window, port.into());
+            }
+            let range = HpaWindow {
+                base: Hpa(self.read_pair(decoder, BASE_LOW, BASE_HIGH)),
+                len: self.read_pair(decoder, SIZE_LOW, SIZE_HIGH),
+            };
+            if range.base <= window.base && window.end() <= range.end() {
+                self.enable();
+                return Ok(());
+            }
+            next_hpa = range.end().0;
         }
         Err(DecoderError::NoneFree { count: self.count })
     }
@@ -136,35 +186,35 @@ impl<'a, M: Mmio> Decoders<'a, M> {
         Some(DecodedWindow { base, dpa })
     }
 
-    fn commit(
-        &mut self,
+    /// The skip with which `decoder` decodes `dpa` in `window`, behind what comes before it.
+    fn room(
+        &self,
         decoder: u8,
         dpa: DpaRange,
         window: HpaWindow,
         next_dpa: u64,
         next_hpa: u64,
-    ) -> Result<DecodedWindow, DecoderError> {
+    ) -> Result<u64, DecoderError> {
         if window.len < dpa.len {
             return Err(DecoderError::WindowTooSmall {
                 window: window.len,
                 needed: dpa.len,
             });
         }
-        let out_of_order = |what, end, start| DecoderError::OutOfOrder {
-            decoder: decoder.saturating_sub(1),
-            what,
-            end,
-            start,
-        };
         let Some(skip) = dpa.start.0.checked_sub(next_dpa) else {
-            return Err(out_of_order("DPA", next_dpa, dpa.start.0));
+            return Err(out_of_order(decoder, "DPA", next_dpa, dpa.start.0));
         };
         if window.base.0 < next_hpa {
-            return Err(out_of_order("HPA", next_hpa, window.base.0));
+            return Err(out_of_order(decoder, "HPA", next_hpa, window.base.0));
         }
-        self.write_pair(decoder, BASE_LOW, BASE_HIGH, window.base.0);
-        self.write_pair(decoder, SIZE_LOW, SIZE_HIGH, dpa.len);
-        self.write_pair(decoder, SKIP_LOW, SKIP_HIGH, skip);
+        Ok(skip)
+    }
+
+    /// Commits `decoder` with `target`, which is the skip of an endpoint's.
+    fn commit(&mut self, decoder: u8, range: HpaWindow, target: u64) -> Result<(), DecoderError> {
+        self.write_pair(decoder, BASE_LOW, BASE_HIGH, range.base.0);
+        self.write_pair(decoder, SIZE_LOW, SIZE_HIGH, range.len);
+        self.write_pair(decoder, SKIP_LOW, SKIP_HIGH, target);
         let control = DecoderControl::new().with_commit(true).with_host_only(true);
         self.write(decoder, CONTROL, control.into_bits());
         let settled = wait(COMMIT_TIMEOUT, || {
@@ -174,10 +224,7 @@ impl<'a, M: Mmio> Decoders<'a, M> {
         match settled {
             Some(control) if control.committed() && !control.error() => {
                 self.enable();
-                Ok(DecodedWindow {
-                    base: window.base,
-                    dpa,
-                })
+                Ok(())
             }
             outcome => {
                 let control = self.read(decoder, CONTROL);
@@ -225,5 +272,15 @@ impl<'a, M: Mmio> Decoders<'a, M> {
     fn write_pair(&mut self, decoder: u8, low: u32, high: u32, value: u64) {
         self.write(decoder, low, value as u32);
         self.write(decoder, high, (value >> 32) as u32);
+    }
+}
+
+/// `decoder` would start below the end of the one before it.
+fn out_of_order(decoder: u8, what: &'static str, end: u64, start: u64) -> DecoderError {
+    DecoderError::OutOfOrder {
+        decoder: decoder.saturating_sub(1),
+        what,
+        end,
+        start,
     }
 }

@@ -28,6 +28,8 @@ pub mod mailbox;
 pub mod mmio;
 pub mod model;
 pub mod orchestrator;
+pub mod pci;
 pub mod region;
 pub mod regs;
 pub mod staging;
+pub mod window;

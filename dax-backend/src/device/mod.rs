@@ -108,6 +108,15 @@ impl<M: Mmio> DcDevice<M> {
         Decoders::find(self.mailbox.mmio())?.program(span, window)
     }
 
+    /// What a committed decoder makes of all DC regions; `None` if there is no such decoder.
+    ///
+    /// # Errors
+    /// [`DecoderError::NoCapability`]
+    pub fn decoded(&mut self) -> Result<Option<DecodedWindow>, DecoderError> {
+        let span = self.decode_span();
+        Ok(Decoders::find(self.mailbox.mmio())?.decoded(span))
+    }
+
     /// Has the dynamic capacity log raise message-signalled interrupts, or not. The other four
     /// logs belong to somebody else and stay as they are. Returns the vector, which the device
     /// chooses.
@@ -123,7 +132,7 @@ impl<M: Mmio> DcDevice<M> {
     }
 
     /// From the lowest DC region's base to the end of the highest one's decode length.
-    fn decode_span(&self) -> DpaRange {
+    pub fn decode_span(&self) -> DpaRange {
         let start = self.regions[0].base;
         let end = self.regions[self.regions.len() - 1].decode_range().end();
         DpaRange {
