@@ -1,6 +1,9 @@
 //! `dcm`: run programs on dynamic CXL capacity, serve a device, look at both.
 
+mod attach;
+mod capacity;
 mod conf;
+mod devices;
 mod doctor;
 mod emulate;
 mod failure;
@@ -35,6 +38,8 @@ enum Command {
     Run(run::Options),
     /// Own a device and lend its capacity to programs
     Serve(serve::Options),
+    /// List the CXL memory devices of this machine, and make them ready
+    Devices(devices::Options),
     /// Show a broker: its device, its extents, who holds what
     Status(orders::StatusOptions),
     /// Watch a broker: extents as a map, processes, recalls, receipts, stalls; q ends it
@@ -57,6 +62,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(options) => run::run(&options),
         Command::Serve(options) => serve::serve(&options).map(|()| 0),
+        Command::Devices(options) => devices::devices(&options).map(|()| 0),
         Command::Status(options) => orders::status(&options).map(|()| 0),
         Command::Top(options) => top::top(&options).map(|()| 0),
         Command::Doctor(options) => doctor::doctor(&options),

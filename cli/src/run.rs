@@ -26,7 +26,7 @@ use uuid::Uuid;
 use crate::failure::Failure;
 use crate::serve::READY;
 use crate::signals::Signals;
-use crate::{conf, emulate, picture, size, sockets};
+use crate::{capacity, conf, picture, sockets};
 
 /// Names the run for the program's processes.
 const RUN_VARIABLE: &str = "DCM_RUN";
@@ -49,12 +49,8 @@ pub(crate) enum StatsFormat {
 /// Options of `dcm run`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Run on a software device of this size, made for this run
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
-    emulate: Option<u64>,
-    /// Capacity that the software device offers at once, in one group; all of it if not given
-    #[arg(long, value_name = "SIZE,…", value_parser = size::parse, value_delimiter = ',', requires = "emulate")]
-    offer: Vec<u64>,
+    #[command(flatten)]
+    capacity: capacity::Source,
     /// Which allocations go to dynamic capacity: dram, dc, size, size:BYTES, interleave:N
     #[arg(long, value_name = "P")]
     placement: Option<String>,
@@ -67,7 +63,7 @@ pub(crate) struct Options {
     /// Write the statistics there instead of to stderr
     #[arg(long, value_name = "PATH", requires = "stats")]
     stats_file: Option<PathBuf>,
-    /// The broker's socket (with --emulate: where to make it)
+    /// The broker's socket (with a capacity of its own: where to make it)
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// The program and its arguments
@@ -87,26 +83,25 @@ pub(crate) fn run(options: &Options) -> Result<u8, Failure> {
         options.conf.as_deref(),
         options.placement.as_deref(),
     )?;
-    if let Some(size) = options.emulate {
-        emulate::check(size, &options.offer)?;
+    if options.capacity.is_given() {
+        options.capacity.check()?;
     }
     let library = find_library()?;
     let run = Uuid::new_v4();
     let mut own_broker = None;
-    let socket = match options.emulate {
-        Some(_) => {
-            let broker = OwnBroker::start(options, run)?;
-            let socket = broker.socket.clone();
-            own_broker = Some(broker);
-            Some(socket)
-        }
-        None => match sockets::find(options.socket.as_deref()) {
+    let socket = if options.capacity.is_given() {
+        let broker = OwnBroker::start(options, run)?;
+        let socket = broker.socket.clone();
+        own_broker = Some(broker);
+        Some(socket)
+    } else {
+        match sockets::find(options.socket.as_deref()) {
             Ok(socket) => Some(socket),
             Err(reason) => {
                 complain(&format!("{reason}; running on DRAM"));
                 None
             }
-        },
+        }
     };
 
     // From here on the signals are the program's.
@@ -201,17 +196,10 @@ impl OwnBroker {
             None => sockets::directory()?.join(format!("run-{}.sock", std::process::id())),
         };
         let socket = std::path::absolute(&socket).context("no current directory")?;
-        let list = |sizes: &[u64]| {
-            let sizes: Vec<String> = sizes.iter().map(u64::to_string).collect();
-            sizes.join(",")
-        };
         let mut command = Command::new("/proc/self/exe");
         command.arg("serve").arg("--run").arg(run.to_string());
         command.arg("--socket").arg(&socket);
-        command.args(["--emulate", &list(options.emulate.as_slice())]);
-        if !options.offer.is_empty() {
-            command.args(["--offer", &list(&options.offer)]);
-        }
+        command.args(options.capacity.arguments());
         let mut process = command
             .arg0("dcm")
             // The terminal's signals are not for it.

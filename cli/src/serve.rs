@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::failure::Failure;
 use crate::signals::Signals;
 use crate::size::Bytes;
-use crate::{emulate, keeper, live, log, size, sockets};
+use crate::{capacity, emulate, keeper, live, log, sockets};
 
 /// What the broker behind a `dcm run` says when programs can connect.
 pub(crate) const READY: &str = "ready\n";
@@ -22,12 +22,8 @@ pub(crate) const READY: &str = "ready\n";
 /// Options of `dcm serve`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Serve a software device of this size
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
-    emulate: Option<u64>,
-    /// Capacity that the software device offers at once, in one group; all of it if not given
-    #[arg(long, value_name = "SIZE,…", value_parser = size::parse, value_delimiter = ',', requires = "emulate")]
-    offer: Vec<u64>,
+    #[command(flatten)]
+    capacity: capacity::Source,
     /// Where to listen
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -47,17 +43,7 @@ pub(crate) struct Options {
 
 /// Serves until told to stop.
 pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
-    let Some(size) = options.emulate else {
-        return Err(Failure::Usage(
-            "dcm serve drives the software device only: say how large, --emulate 1G".into(),
-        ));
-    };
-    let offer = if options.offer.is_empty() {
-        emulate::whole(size)
-    } else {
-        options.offer.clone()
-    };
-    emulate::check(size, &offer)?;
+    options.capacity.check()?;
     if options.run.is_some() {
         close_inherited();
     }
@@ -78,30 +64,34 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
         ..BrokerConfig::default()
     };
     raise_descriptor_limit();
-    let offered = offer.iter().sum();
-    if options.run.is_none() && options.worker.is_none() {
+    // A software device is held by a keeper, so that it outlives a broker that dies.
+    let emulated = options.capacity.emulated();
+    let kept = emulated.filter(|_| options.run.is_none());
+    if let (Some((size, offer)), None) = (&kept, options.worker) {
         let listener = Listener::bind(&path, sockets::is_system())?;
-        let model = emulate::device(size, &offer)?;
+        let model = emulate::device(*size, offer)?;
         return keeper::keep(&model, &listener, &signals, || {
             Ok(announce(&format!(
                 "serving {} of a software device of {} at {}\n",
-                Bytes(offered),
-                Bytes(size),
+                Bytes(offer.iter().sum()),
+                Bytes(*size),
                 path.display()
             ))?)
         });
     }
     let _log = log::start(&options.log);
     let stop = Stop::new().context("no descriptor left")?;
-    let (mut broker, listener) = if options.worker.is_some() {
+    let (mut broker, listener, served) = if let Some((_, offer)) = kept {
         let mut store = from_keeper(&stop)?;
         let listener = store.take(keeper::LISTENER);
         let listener = listener.context("the keeper has handed over no listener")?;
         let listener = Listener::inherited(listener, &path);
-        (emulate::worker(store, offered, config)?, listener)
+        let broker = emulate::worker(store, offer.iter().sum(), config)?;
+        (broker, listener, None)
     } else {
-        let broker = emulate::broker(size, &offer, config)?;
-        (broker, Listener::bind(&path, sockets::is_system())?)
+        let (broker, served) = options.capacity.broker(config)?;
+        let listener = Listener::bind(&path, sockets::is_system())?;
+        (broker, listener, Some(served))
     };
     if let Some(address) = options.listen {
         live::start(address, &path)?;
@@ -121,7 +111,14 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
             signals.wait();
             stop.now();
         });
-        broker.ready();
+        match served {
+            Some(served) => announce(&format!(
+                "serving {served} at {}
+",
+                path.display()
+            ))?,
+            None => broker.ready(),
+        }
     }
     broker.serve(&listener, &stop).context("polling failed")?;
     Ok(())

@@ -66,6 +66,16 @@ fn wrong_calls_exit_with_2_and_say_why() {
             "no value",
         ),
         (&["serve"], "--emulate 1G"),
+        (&["serve", "--device", "nowhere"], "0000:0d:00.0"),
+        (
+            &["serve", "--device", "0d:00.0", "--emulate", "1G"],
+            "cannot be used with",
+        ),
+        (
+            &["serve", "--emulate", "1G", "--dev-mem"],
+            "cannot be used with",
+        ),
+        (&["devices", "--bind", "x"], "lspci -D"),
         (&["release"], "SIZE|DPA+LENGTH"),
         (&["release", "0x1z+2M"], "hexadecimal"),
         (&["release", "lots"], "digits"),
@@ -136,4 +146,29 @@ fn a_library_that_ld_preload_can_not_name_is_refused() {
         .unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("space"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_device_that_cannot_be_served_says_why() {
+    let dcm = Dcm::new();
+    let sysfs = tempfile::tempdir().unwrap();
+    let sysfs = sysfs.path().to_str().unwrap();
+    for args in [
+        &["serve", "--device", "0d:00.0", "--sysfs", sysfs][..],
+        &["devices", "--bind", "0d:00.0", "--sysfs", sysfs],
+    ] {
+        let output = dcm.call(args);
+        assert_eq!(output.status.code(), Some(1));
+        let told = stderr(&output);
+        assert!(
+            told.contains("there is no PCI device 0000:0d:00.0"),
+            "{told}"
+        );
+    }
+    let output = dcm.call(&["devices", "--sysfs", sysfs]);
+    assert!(output.status.success());
+    assert_eq!(
+        output.stdout,
+        b"no CXL memory device (class 0502, interface 10)\n"
+    );
 }

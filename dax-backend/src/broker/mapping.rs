@@ -3,11 +3,37 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
+use std::sync::atomic::{Ordering, fence};
 
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use super::protocol::GRANULE;
+
+/// No line is shorter on the processors that have CXL.
+const CACHE_LINE: usize = 64;
+
+/// Writes the cache line at `address` back and drops it.
+///
+/// # Safety
+/// `address` is mapped.
+#[cfg(target_arch = "x86_64")]
+unsafe fn flush_line(address: *const u8) {
+    // SAFETY: every x86-64 has it; the caller has the rest.
+    unsafe { core::arch::x86_64::_mm_clflush(address) };
+}
+
+/// Writes the cache line at `address` back and drops it.
+///
+/// # Safety
+/// `address` is mapped.
+#[cfg(target_arch = "aarch64")]
+unsafe fn flush_line(address: *const u8) {
+    // SAFETY: Linux allows it to user space; the caller has the rest.
+    unsafe {
+        core::arch::asm!("dc civac, {0}", in(reg) address, options(nostack, preserves_flags))
+    };
+}
 
 /// All of the window, mapped at once; only what is accepted is touched.
 #[derive(Debug)]
@@ -112,6 +138,19 @@ impl Mapping {
             }
         }
         Ok(())
+    }
+
+    /// Writes back and drops what caches hold of `len` bytes, whole granules, at `offset`.
+    /// They must be there: this touches them as a read does.
+    pub(super) fn flush(&self, offset: u64, len: u64) {
+        for granule in (offset..offset + len).step_by(GRANULE as usize) {
+            let granule = self.granule(granule).as_ptr();
+            for line in (0..GRANULE as usize).step_by(CACHE_LINE) {
+                // SAFETY: a line of mapped memory; its contents stay.
+                unsafe { flush_line(granule.add(line)) };
+            }
+        }
+        fence(Ordering::SeqCst);
     }
 
     /// Makes the granule at `offset` present as one huge page (`MADV_COLLAPSE`,

@@ -23,6 +23,8 @@ pub struct Window {
     fd: OwnedFd,
     base: u64,
     mapping: Arc<Mapping>,
+    /// Whether caches have to be emptied before memory leaves.
+    flushes: bool,
 }
 
 /// How far wiping came.
@@ -39,7 +41,22 @@ impl Window {
     /// must be a multiple of the page size; of the granule for huge pages.
     pub fn map(fd: OwnedFd, base: u64, len: u64) -> Result<Self, Errno> {
         let mapping = Arc::new(Mapping::new(fd.as_fd(), base, len - len % GRANULE)?);
-        Ok(Self { fd, base, mapping })
+        Ok(Self {
+            fd,
+            base,
+            mapping,
+            flushes: false,
+        })
+    }
+
+    /// As [`map`](Self::map), for a device's own memory: a cache line written back after the
+    /// release would hit what is another host's memory by then, so no line of it may be left.
+    pub fn of_device(fd: OwnedFd, base: u64, len: u64) -> Result<Self, Errno> {
+        let window = Self::map(fd, base, len)?;
+        Ok(Self {
+            flushes: true,
+            ..window
+        })
     }
 
     /// The file.
@@ -106,6 +123,9 @@ impl Window {
     pub(super) fn discard(&self, mut range: WindowRange) {
         while range.len > 0 {
             let wiped = self.wipe(range, false, Duration::MAX);
+            if self.flushes {
+                self.mapping.flush(wiped.zeroed.offset, wiped.zeroed.len);
+            }
             let done = wiped.zeroed.len + wiped.broken.map_or(0, |_| GRANULE);
             range.offset += done;
             range.len -= done;
@@ -184,6 +204,19 @@ mod tests {
         let mut bytes = [1; 4096];
         pread(window.fd(), &mut bytes, GRANULE).unwrap();
         assert_eq!(bytes, [0; 4096]);
+    }
+
+    #[test]
+    fn a_device_s_memory_is_flushed_and_says_the_same() {
+        let fd = memfd_create("window", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, 2 * GRANULE).unwrap();
+        let window = Window::of_device(fd, 0, 2 * GRANULE).unwrap();
+        pwrite(window.fd(), &[7; 4096], GRANULE).unwrap();
+        window.mapping.flush(0, 2 * GRANULE);
+        window.discard(granules(0, 1));
+        let mut bytes = [1; 4096];
+        pread(window.fd(), &mut bytes, GRANULE).unwrap();
+        assert_eq!(bytes, [7; 4096]);
     }
 
     /// Memory that was taken away or is poisoned raises SIGBUS where it is

@@ -103,7 +103,7 @@ fn dvsecs(config: &mut impl ConfigSpace) -> io::Result<Vec<Dvsec>> {
     let mut at = EXTENDED;
     // Each capability has at least 8 bytes: a longer chain goes round in circles.
     for _ in 0..(CONFIG_LEN - EXTENDED) / 8 {
-        if at < EXTENDED || at > CONFIG_LEN - 12 || !at.is_multiple_of(4) {
+        if !(EXTENDED..=CONFIG_LEN - 12).contains(&at) || !at.is_multiple_of(4) {
             break;
         }
         let raw = config.read32(at)?;
