@@ -360,17 +360,17 @@ impl Broker {
     /// Wipes free memory of whoever had it before, for a little while.
     pub(super) fn wipe(&mut self) {
         let until = Instant::now() + WIPE_BUDGET;
-        while let Some((range, huge)) = self.table.next_dirty() {
-            let left = until.saturating_duration_since(Instant::now());
+        let mut left = WIPE_BUDGET;
+        while !left.is_zero()
+            && let Some((range, huge)) = self.table.next_dirty()
+        {
             let wiped = self.window.wipe(range, huge, left);
             self.table.zeroed(wiped.zeroed);
             self.counters.wiped_bytes += wiped.zeroed.len;
             if let Some(offset) = wiped.broken {
                 self.table.broke(offset);
             }
-            if left.is_zero() {
-                break;
-            }
+            left = until.saturating_duration_since(Instant::now());
         }
     }
 
