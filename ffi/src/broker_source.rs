@@ -54,6 +54,9 @@ pub enum SourceError {
     /// device refused.
     #[error("mapping the broker's window failed: {0}")]
     Window(Errno),
+    /// A process has one heap on extents.
+    #[error("a heap of this process has a broker already")]
+    Attached,
 }
 
 impl BrokerSource {

@@ -11,11 +11,12 @@
 use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char};
 use core::mem::MaybeUninit;
+use core::sync::atomic::{AtomicBool, Ordering};
 use std::sync::OnceLock;
 
 use dax_backend::broker::ConnectError;
 
-use allocator::{Config, ExtentSource, Heap, Placement};
+use allocator::{Config, DcMalloc, ExtentSource, Heap, Placement};
 
 use crate::broker_source::{BrokerSource, SourceError};
 
@@ -83,21 +84,54 @@ pub fn start() {
         return;
     }
     if config.placement != Placement::Dram
-        && let Err(error) = attach()
+        && let Err(error) = connect(&HEAP)
         && config.verbose
     {
         complain(&error);
     }
 }
 
-fn attach() -> Result<(), SourceError> {
+/// Attaches a Rust program's global allocator to the broker that `DCM_SOCKET`
+/// names, or to the machine's. Forked children then find it by themselves.
+/// Until then, and without a broker, everything is in DRAM.
+///
+/// ```no_run
+/// use dcmalloc::DcMalloc;
+///
+/// #[global_allocator]
+/// static HEAP: DcMalloc = DcMalloc::new();
+///
+/// fn main() {
+///     if let Err(error) = dcmalloc::attach(&HEAP) {
+///         eprintln!("the heap stays in DRAM: {error}");
+///     }
+/// }
+/// ```
+///
+/// # Errors
+/// No broker, one that can't be trusted, or no memory for tables; it may be
+/// tried again. [`SourceError::Attached`] when a heap of this process has one.
+pub fn attach(heap: &'static DcMalloc) -> Result<(), SourceError> {
+    connect(heap.heap())
+}
+
+fn connect(heap: &'static Heap) -> Result<(), SourceError> {
+    // There is one place for the source.
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    if TAKEN.swap(true, Ordering::AcqRel) {
+        return Err(SourceError::Attached);
+    }
+    connect_first(heap).inspect_err(|_| TAKEN.store(false, Ordering::Release))
+}
+
+fn connect_first(heap: &'static Heap) -> Result<(), SourceError> {
     let address = Address::from_environment().ok_or(ConnectError::Path)?;
     let address = BROKER.get_or_init(|| address);
     let source = BrokerSource::connect(address.path(), address.run)?;
-    // SAFETY: nothing is there yet: the heap starts once.
+    // SAFETY: one thread is here, and nobody uses what an earlier attempt left.
     let source = unsafe { SOURCE.put(source) };
-    HEAP.set_reconnect(reconnect);
-    HEAP.attach(source).map_err(SourceError::Window)
+    heap.set_reconnect(reconnect);
+    heap.attach(source).map_err(SourceError::Window)
 }
 
 /// A forked child's own connection, made on its worker. What is there is of no
