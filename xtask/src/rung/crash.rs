@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::Tally;
+use super::recall::live_memory_moves;
+use super::{Tally, crash_evacuation};
 use crate::broker::{Broker, number};
 use crate::process::{self, Background};
 use crate::program::sqlite;
@@ -58,6 +59,12 @@ pub(super) fn run() -> Result<Tally> {
 
     let mut tally = Tally::default();
     tally.check("kill -9 of a client", leases_come_back_clean(&program));
+    let evacuation = "kill -9 at any point of an evacuation";
+    if live_memory_moves()? {
+        tally.check(evacuation, crash_evacuation::killed_at_any_point(&program));
+    } else {
+        tally.skip(evacuation, "no userfaultfd here");
+    }
     tally.check("kill -9 under dcm run", nothing_stays_behind(&program));
     tally.check("kill -9 of the broker", programs_outlive_the_broker());
     Ok(tally)
@@ -241,7 +248,7 @@ fn dcm_processes() -> BTreeSet<u32> {
 }
 
 /// The child of `parent` that executes `program`.
-fn descendant(parent: u32, program: &Path) -> Result<u32> {
+pub(super) fn descendant(parent: u32, program: &Path) -> Result<u32> {
     let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"))?;
     children
         .split_whitespace()
@@ -250,7 +257,7 @@ fn descendant(parent: u32, program: &Path) -> Result<u32> {
         .context("dcm run has no child that executes the program")
 }
 
-fn kill(pid: u32) -> Result<()> {
+pub(super) fn kill(pid: u32) -> Result<()> {
     let pid = Pid::from_raw(pid.cast_signed()).context("no process id")?;
     Ok(kill_process(pid, Signal::KILL)?)
 }

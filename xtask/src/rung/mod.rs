@@ -5,6 +5,7 @@ mod capacity;
 mod clippy;
 mod conformance;
 mod crash;
+mod crash_evacuation;
 mod docs;
 mod format;
 mod hazards;
