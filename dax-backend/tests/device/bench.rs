@@ -13,36 +13,85 @@ use dax_backend::model::{
 };
 use dax_backend::staging::{Preparation, Prepare, RejectReason};
 
+use crate::qemu::Qemu;
+use crate::wire::{Doorbells, tapped};
+
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const BLOCK: u64 = 2 * MIB;
 
 /// The driver under test, on whatever gives it registers.
 pub(crate) type Driver = DcDevice<Box<dyn Mmio>>;
 
-/// A device to test the driver on.
+/// A device to test the driver on, and the fabric manager behind it.
 pub(crate) struct TestDevice {
-    pub(crate) model: SoftwareDevice,
-    pub(crate) fabric: Fabric,
+    vehicle: Vehicle,
+    doorbells: Doorbells,
 }
 
-/// The device that tests run on: the software model with `config`.
-pub(crate) fn test_device(config: ModelConfig) -> TestDevice {
-    let model = SoftwareDevice::new(config).expect("a memfd");
-    TestDevice {
-        fabric: model.fabric(),
-        model,
+enum Vehicle {
+    Model {
+        model: SoftwareDevice,
+        fabric: Fabric,
+    },
+    Qemu(Qemu),
+}
+
+/// Whether the tests run on QEMU's device (`DCM_TEST_DEVICE=qemu`) instead of the software model.
+pub(crate) fn on_qemu() -> bool {
+    match std::env::var("DCM_TEST_DEVICE").as_deref() {
+        Ok("qemu") => true,
+        Ok("model") | Err(_) => false,
+        Ok(other) => panic!("DCM_TEST_DEVICE={other}: model or qemu"),
     }
 }
 
-/// A device of 1 GiB in 2 MiB blocks and its driver.
+/// Ends a test that another device than the model can't run.
+macro_rules! only_on_the_model {
+    ($why:literal) => {
+        if $crate::bench::on_qemu() {
+            println!("SKIPPED: only the software device can do it: {}", $why);
+            return;
+        }
+    };
+}
+pub(crate) use only_on_the_model;
+
+/// The software device with `config`.
+pub(crate) fn test_device(config: ModelConfig) -> TestDevice {
+    assert!(!on_qemu(), "only_on_the_model! is missing");
+    let model = SoftwareDevice::new(config).expect("a memfd");
+    TestDevice {
+        vehicle: Vehicle::Model {
+            fabric: model.fabric(),
+            model,
+        },
+        doorbells: Doorbells::default(),
+    }
+}
+
+/// A device of 1 GiB in 2 MiB blocks: the model, or QEMU's.
+pub(crate) fn any_device() -> TestDevice {
+    if !on_qemu() {
+        return test_device(ModelConfig::default());
+    }
+    TestDevice {
+        vehicle: Vehicle::Qemu(Qemu::start()),
+        doorbells: Doorbells::default(),
+    }
+}
+
+/// [`any_device`] and its driver.
 pub(crate) fn opened() -> (TestDevice, Driver) {
-    let device = test_device(ModelConfig::default());
+    let device = any_device();
     let driver = device.open();
     (device, driver)
 }
 
-/// Time-outs short enough for tests.
+/// Time-outs short enough for tests. QEMU answers when it gets a processor.
 pub(crate) fn config() -> DeviceConfig {
+    if on_qemu() {
+        return DeviceConfig::default();
+    }
     DeviceConfig {
         mailbox: MailboxConfig {
             doorbell_timeout: Duration::from_millis(40),
@@ -56,8 +105,38 @@ pub(crate) fn config() -> DeviceConfig {
 }
 
 impl TestDevice {
+    /// The software device itself.
+    pub(crate) fn model(&self) -> &SoftwareDevice {
+        match &self.vehicle {
+            Vehicle::Model { model, .. } => model,
+            Vehicle::Qemu(_) => panic!("only_on_the_model! is missing"),
+        }
+    }
+
+    /// The software device's fabric manager.
+    pub(crate) fn fabric(&self) -> &Fabric {
+        match &self.vehicle {
+            Vehicle::Model { fabric, .. } => fabric,
+            Vehicle::Qemu(_) => panic!("only_on_the_model! is missing"),
+        }
+    }
+
     pub(crate) fn mmio(&self) -> Box<dyn Mmio> {
-        Box::new(self.model.mmio())
+        let mmio: Box<dyn Mmio> = match &self.vehicle {
+            Vehicle::Model { model, .. } => Box::new(model.mmio()),
+            Vehicle::Qemu(qemu) => qemu.mmio(),
+        };
+        tapped(mmio, self.doorbells.clone())
+    }
+
+    /// How many commands of a kind were sent, all drivers together.
+    pub(crate) fn sent(&self, opcode: u16) -> usize {
+        self.doorbells.count(|rung| rung == opcode)
+    }
+
+    /// How many commands were sent.
+    pub(crate) fn sent_in_all(&self) -> usize {
+        self.doorbells.count(|_| true)
     }
 
     pub(crate) fn open(&self) -> Driver {
@@ -70,7 +149,10 @@ impl TestDevice {
 
     /// Block `start` of DC region 0 and `len` blocks from there.
     pub(crate) fn blocks(&self, start: u64, len: u64) -> DpaRange {
-        let base = self.fabric.region_base(0).expect("a region");
+        let base = match &self.vehicle {
+            Vehicle::Model { fabric, .. } => fabric.region_base(0).expect("a region"),
+            Vehicle::Qemu(_) => Dpa(0),
+        };
         range(base.0 + start * BLOCK, len * BLOCK)
     }
 
@@ -80,14 +162,26 @@ impl TestDevice {
     }
 
     pub(crate) fn offer_tagged(&self, ranges: &[DpaRange], tag: ExtentTag) -> Vec<Extent> {
-        let policy = AddPolicy::Prescriptive(ranges.to_vec());
-        self.fabric
-            .add(&AddRequest {
-                policy,
-                region: 0,
-                tag,
-            })
-            .expect("the fabric offers")
+        match &self.vehicle {
+            Vehicle::Model { fabric, .. } => {
+                let policy = AddPolicy::Prescriptive(ranges.to_vec());
+                let request = AddRequest {
+                    policy,
+                    region: 0,
+                    tag,
+                };
+                fabric.add(&request).expect("the fabric offers")
+            }
+            Vehicle::Qemu(qemu) => {
+                qemu.add(ranges, tag);
+                let extent = |&range| Extent {
+                    range,
+                    tag,
+                    shared_seq: 0,
+                };
+                ranges.iter().map(extent).collect()
+            }
+        }
     }
 
     /// Offers ranges of region 0 as one group, whose records come later.
@@ -98,7 +192,9 @@ impl TestDevice {
             region: 0,
             tag: ExtentTag::NULL,
         };
-        self.fabric.add_slowly(&request).expect("the fabric offers")
+        self.fabric()
+            .add_slowly(&request)
+            .expect("the fabric offers")
     }
 
     /// `count` single blocks of region 0 from `start`, every other one, so that none touch.
@@ -109,30 +205,46 @@ impl TestDevice {
     }
 
     pub(crate) fn ask_back(&self, ranges: &[DpaRange]) {
-        let policy = ReleasePolicy::Prescriptive(ranges.to_vec());
-        self.fabric
-            .release(&policy, false)
-            .expect("the fabric asks");
+        match &self.vehicle {
+            Vehicle::Model { fabric, .. } => {
+                let policy = ReleasePolicy::Prescriptive(ranges.to_vec());
+                fabric.release(&policy, false).expect("the fabric asks");
+            }
+            Vehicle::Qemu(qemu) => qemu.release(ranges),
+        }
     }
 
     pub(crate) fn take_away(&self, ranges: &[DpaRange]) {
         let policy = ReleasePolicy::Prescriptive(ranges.to_vec());
-        self.fabric
+        self.fabric()
             .release(&policy, true)
             .expect("the fabric takes");
     }
 
-    /// The host has kept to the protocol, and nothing is left unanswered or unread.
+    /// The host has kept to the protocol, and nothing is left unanswered or unread. QEMU does not tell
+    /// what it thinks of its host: there, a driver that starts anew must find the same and nothing else.
     pub(crate) fn assert_settled(&self, driver: &Driver) {
-        let audit = self.model.audit();
-        assert!(audit.is_clean(), "the host broke the protocol: {audit:?}");
-        assert_eq!(audit.groups_pending, 0, "groups left unanswered");
-        assert_eq!(audit.records_in_log, 0, "records left in the log");
-        assert_eq!(
-            sorted(&audit.accepted),
-            driver.accepted(),
-            "device and driver disagree"
-        );
+        match &self.vehicle {
+            Vehicle::Model { model, .. } => {
+                let audit = model.audit();
+                assert!(audit.is_clean(), "the host broke the protocol: {audit:?}");
+                assert_eq!(audit.groups_pending, 0, "groups left unanswered");
+                assert_eq!(audit.records_in_log, 0, "records left in the log");
+                let listed = sorted(&audit.accepted);
+                assert_eq!(listed, driver.accepted(), "device and driver disagree");
+            }
+            Vehicle::Qemu(_) => {
+                let answers = self.sent(0x4802);
+                let anew = self.open();
+                assert_eq!(
+                    anew.accepted(),
+                    driver.accepted(),
+                    "device and driver disagree"
+                );
+                assert_eq!(anew.counters().records, 0, "records left in the log");
+                assert_eq!(self.sent(0x4802), answers, "groups left unanswered");
+            }
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use dax_backend::mailbox::MailboxConfig;
 use dax_backend::model::{AnswerAudit, Fault, FaultKind, ModelConfig};
 use dax_backend::staging::Preparation;
 
-use crate::bench::{Choose, Driver, TestDevice, sorted, test_device};
+use crate::bench::{Choose, Driver, TestDevice, only_on_the_model, sorted, test_device};
 use crate::wire::{Crash, SharedJournal, tapped};
 
 /// Blocks from here on are not wanted.
@@ -68,7 +68,7 @@ fn check(device: &TestDevice, journal: &SharedJournal, crashes: &str) {
     driver.poll().unwrap();
     device.offer(&[device.blocks(100, 1)]);
     driver.poll().unwrap();
-    let audit = device.model.audit();
+    let audit = device.model().audit();
     assert_eq!(audit.spurious_answers, 0, "{crashes}");
     assert_eq!(audit.groups_pending, 0, "{crashes}");
     assert_eq!(audit.records_in_log, 0, "{crashes}");
@@ -87,6 +87,7 @@ fn check(device: &TestDevice, journal: &SharedJournal, crashes: &str) {
 
 #[test]
 fn answering_14_crash_at_any_step_answers_each_group_once() {
+    only_on_the_model!("a look into the device");
     for steps in 0.. {
         let device = test_device(small());
         let journal = SharedJournal::new();
@@ -103,6 +104,7 @@ fn answering_14_crash_at_any_step_answers_each_group_once() {
 
 #[test]
 fn answering_14_crash_of_the_next_driver_too_answers_each_group_once() {
+    only_on_the_model!("a look into the device");
     for first in (0..).step_by(7) {
         let mut first_ends = false;
         for second in (0..).step_by(5) {
@@ -132,12 +134,13 @@ fn answering_14_crash_of_the_next_driver_too_answers_each_group_once() {
 /// itself. A driver that dies over that must not have the next one reject it again.
 #[test]
 fn answering_14_crash_over_an_answer_out_of_order_rejects_nothing_twice() {
+    only_on_the_model!("the device goes wrong on order");
     for steps in 0.. {
         let device = test_device(ModelConfig::default());
         let journal = SharedJournal::new();
         device.offer(&device.scattered(0, 2));
         device
-            .model
+            .model()
             .inject(Fault::on(0x4802, FaultKind::ReturnCode(0x02)));
         let crash = Crash::after(steps);
         live(&device, &journal, &crash);
@@ -146,7 +149,7 @@ fn answering_14_crash_over_an_answer_out_of_order_rejects_nothing_twice() {
             device.offer(&[device.blocks(start, 1)]);
             driver.poll().unwrap();
         }
-        let audit = device.model.audit();
+        let audit = device.model().audit();
         let rejects_nothing = |answer: &AnswerAudit| answer.group.is_none() && answer.ranges == 0;
         assert!(
             !audit.answers.iter().any(rejects_nothing),

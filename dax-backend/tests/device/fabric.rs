@@ -5,7 +5,7 @@ use dax_backend::extent::ExtentTag;
 use dax_backend::model::{AddPolicy, AddRequest, FabricError, ModelConfig, ReleasePolicy};
 use dax_backend::orchestrator::{Orchestrator, OrchestratorError};
 
-use crate::bench::{BLOCK, MIB, TestDevice, opened, ranges, tag, test_device};
+use crate::bench::{BLOCK, MIB, TestDevice, only_on_the_model, opened, ranges, tag, test_device};
 
 fn add(device: &TestDevice, policy: AddPolicy) -> Result<usize, FabricError> {
     let request = AddRequest {
@@ -13,7 +13,7 @@ fn add(device: &TestDevice, policy: AddPolicy) -> Result<usize, FabricError> {
         region: 0,
         tag: ExtentTag::NULL,
     };
-    device.fabric.add(&request).map(|extents| extents.len())
+    device.fabric().add(&request).map(|extents| extents.len())
 }
 
 /// Blocks 2, 3 and 6 onwards of eight are free.
@@ -25,6 +25,7 @@ fn fragmented() -> TestDevice {
 
 #[test]
 fn free_capacity_may_come_in_pieces() {
+    only_on_the_model!("a look into the device");
     let device = fragmented();
     assert_eq!(
         add(&device, AddPolicy::Free(vec![2 * BLOCK, 2 * BLOCK])),
@@ -43,6 +44,7 @@ fn free_capacity_may_come_in_pieces() {
 
 #[test]
 fn contiguous_capacity_comes_in_one_piece_or_not_at_all() {
+    only_on_the_model!("a look into the device");
     let device = fragmented();
     assert_eq!(
         add(&device, AddPolicy::Contiguous(vec![3 * BLOCK])),
@@ -56,6 +58,7 @@ fn contiguous_capacity_comes_in_one_piece_or_not_at_all() {
 
 #[test]
 fn what_makes_no_sense_is_refused() {
+    only_on_the_model!("a region is changed");
     let device = fragmented();
     let refused = |policy| add(&device, policy).unwrap_err();
     assert_eq!(refused(AddPolicy::Free(vec![])), FabricError::Empty);
@@ -89,33 +92,34 @@ fn what_makes_no_sense_is_refused() {
         region: 3,
         regions: 1,
     };
-    assert_eq!(device.fabric.add(&request), Err(missing));
+    assert_eq!(device.fabric().add(&request), Err(missing));
     let pending = ReleasePolicy::Prescriptive(vec![device.blocks(0, 2)]);
     assert_eq!(
-        device.fabric.release(&pending, false),
+        device.fabric().release(&pending, false),
         Err(FabricError::NotAccepted {
             range: device.blocks(0, 2)
         })
     );
     assert_eq!(
-        device.fabric.release(&ReleasePolicy::Tag(tag(1)), false),
+        device.fabric().release(&ReleasePolicy::Tag(tag(1)), false),
         Err(FabricError::NoSuchTag { tag: tag(1) })
     );
     assert_eq!(
-        device.fabric.update_region(0, BLOCK),
+        device.fabric().update_region(0, BLOCK),
         Err(FabricError::RegionInUse { region: 0 })
     );
-    assert_eq!(device.model.audit().groups_offered, 1);
+    assert_eq!(device.model().audit().groups_offered, 1);
 }
 
 #[test]
 fn orchestrator_offers_sizes_as_one_group() {
+    only_on_the_model!("a look into the device");
     let (device, mut driver) = opened();
-    let mut orchestrator = device.fabric.clone();
+    let mut orchestrator = device.fabric().clone();
     let offered = orchestrator.add_sizes(&[256 * MIB, 128 * MIB, 2 * MIB]);
     driver.poll().unwrap();
     assert_eq!(ranges(driver.accepted()), offered);
-    assert_eq!(device.model.audit().groups_offered, 1);
+    assert_eq!(device.model().audit().groups_offered, 1);
     let error = Orchestrator::add(&mut orchestrator, &[1 << 30], tag(1)).unwrap_err();
     assert!(
         matches!(error, OrchestratorError::NoCapacity { .. }),
@@ -139,11 +143,12 @@ impl<T: Orchestrator> AddSizes for T {
 
 #[test]
 fn region_of_any_whole_blocks_works() {
+    only_on_the_model!("a device made for the test");
     for len in [2 * MIB, 254 * MIB, 256 * MIB, 258 * MIB, 512 * MIB, 1 << 30] {
         let device = test_device(ModelConfig::one_region(len));
         let mut driver = device.open();
         assert_eq!(driver.dc_span().len, len);
-        let mut orchestrator = device.fabric.clone();
+        let mut orchestrator = device.fabric().clone();
         orchestrator.add_sizes(&[len]);
         driver.poll().unwrap();
         assert_eq!(driver.accepted()[0].range.len, len);

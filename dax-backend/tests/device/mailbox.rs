@@ -8,11 +8,12 @@ use dax_backend::error::{DeviceError, OpenError};
 use dax_backend::mailbox::MailboxError;
 use dax_backend::model::{Fault, FaultKind, ModelConfig};
 
-use crate::bench::{config, opened, outcome, test_device};
+use crate::bench::{config, only_on_the_model, opened, outcome, test_device};
 use crate::wire::{Plug, tapped};
 
 #[test]
 fn slow_doorbell_is_waited_for() {
+    only_on_the_model!("a group that is longer than its log");
     let delay = Duration::from_millis(2);
     let device = test_device(ModelConfig {
         doorbell_delay: delay,
@@ -32,8 +33,9 @@ fn slow_doorbell_is_waited_for() {
 
 #[test]
 fn command_of_an_earlier_owner_is_waited_out() {
+    only_on_the_model!("the device goes wrong on order");
     let (device, mut driver) = opened();
-    device.model.inject(Fault::on(
+    device.model().inject(Fault::on(
         0x4801,
         FaultKind::Delay(Duration::from_millis(60)),
     ));
@@ -45,8 +47,9 @@ fn command_of_an_earlier_owner_is_waited_out() {
 
 #[test]
 fn hanging_command_is_a_timeout_and_the_next_one_is_not_sent() {
+    only_on_the_model!("the device goes wrong on order");
     let (device, mut driver) = opened();
-    device.model.inject(Fault::on(0x4801, FaultKind::Hang));
+    device.model().inject(Fault::on(0x4801, FaultKind::Hang));
     let error = driver.listed().unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -61,7 +64,7 @@ fn hanging_command_is_a_timeout_and_the_next_one_is_not_sent() {
     assert_eq!(driver.counters().timeouts, 1);
     let offered = device.offer(&[device.blocks(0, 1)]);
     assert!(driver.poll().is_err());
-    device.model.reset();
+    device.model().reset();
     assert_eq!(
         outcome(&driver.poll().unwrap()).0,
         offered,
@@ -72,17 +75,18 @@ fn hanging_command_is_a_timeout_and_the_next_one_is_not_sent() {
 
 #[test]
 fn busy_device_is_tried_again_but_not_for_ever() {
+    only_on_the_model!("the device goes wrong on order");
     let (device, mut driver) = opened();
     for _ in 0..3 {
         device
-            .model
+            .model()
             .inject(Fault::on(0x4801, FaultKind::ReturnCode(0x06)));
     }
     driver.listed().unwrap();
     assert_eq!(driver.counters().retries, 3);
     for _ in 0..4 {
         device
-            .model
+            .model()
             .inject(Fault::on(0x4801, FaultKind::ReturnCode(0x05)));
     }
     let error = driver.listed().unwrap_err();
@@ -94,11 +98,12 @@ fn busy_device_is_tried_again_but_not_for_ever() {
 
 #[test]
 fn background_operation_is_waited_for() {
+    only_on_the_model!("the device goes wrong on order");
     let (device, mut driver) = opened();
     let offered = device.offer(&[device.blocks(0, 1)]);
     let time = Duration::from_millis(10);
     device
-        .model
+        .model()
         .inject(Fault::on(0x4802, FaultKind::Background(time)));
     let started = Instant::now();
     assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
@@ -108,11 +113,12 @@ fn background_operation_is_waited_for() {
 
 #[test]
 fn background_operation_that_does_not_end_is_a_timeout() {
+    only_on_the_model!("the device goes wrong on order");
     let (device, mut driver) = opened();
     let offered = device.offer(&[device.blocks(0, 1)]);
     let for_ever = Duration::from_secs(3600);
     device
-        .model
+        .model()
         .inject(Fault::on(0x4802, FaultKind::Background(for_ever)));
     let error = driver.poll().unwrap_err();
     assert!(
@@ -126,6 +132,7 @@ fn background_operation_that_does_not_end_is_a_timeout() {
 
 #[test]
 fn smallest_payload_is_enough() {
+    only_on_the_model!("a group that is longer than its log");
     let device = test_device(ModelConfig {
         mailbox_payload: 256,
         ..ModelConfig::default()
@@ -133,7 +140,7 @@ fn smallest_payload_is_enough() {
     let mut driver = device.open();
     let offered = device.offer(&device.scattered(0, 25));
     assert_eq!(outcome(&driver.poll().unwrap()).0, offered);
-    let answers = device.model.audit().answers;
+    let answers = device.model().audit().answers;
     let sizes: Vec<usize> = answers.iter().map(|answer| answer.ranges).collect();
     assert_eq!(sizes, [10, 10, 5]);
     assert_eq!(driver.listed().unwrap(), driver.accepted());
@@ -142,6 +149,7 @@ fn smallest_payload_is_enough() {
 
 #[test]
 fn device_gets_time_to_become_ready() {
+    only_on_the_model!("a device made for the test");
     let ready_after = Duration::from_millis(30);
     let slow = || {
         test_device(ModelConfig {
@@ -160,6 +168,7 @@ fn device_gets_time_to_become_ready() {
 
 #[test]
 fn device_that_goes_away_is_told_and_nothing_hangs() {
+    only_on_the_model!("a device made for the test");
     let device = test_device(ModelConfig::default());
     let plug = Plug::default();
     let mut driver = DcDevice::open(tapped(device.mmio(), plug.clone()), config()).unwrap();

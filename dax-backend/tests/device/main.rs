@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod qemu;
 mod wire;
 
 mod answering;

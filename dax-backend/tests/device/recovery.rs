@@ -14,47 +14,52 @@ use dax_backend::model::{Fault, FaultKind, ModelConfig, ModelRegion};
 use rustix::fs::fstat;
 use rustix::io::{pread, pwrite};
 
-use crate::bench::{BLOCK, MIB, TestDevice, config, opened, outcome, ranges, test_device};
+use crate::bench::{
+    BLOCK, MIB, TestDevice, any_device, config, only_on_the_model, opened, outcome, ranges,
+    test_device,
+};
 use crate::wire::{Hook, SharedJournal, tapped};
 
 #[test]
 fn recovery_33_accepted_extents_are_adopted_without_an_answer() {
+    only_on_the_model!("a group that is longer than its log");
     let (device, mut driver) = opened();
     device.offer(&device.scattered(0, 120));
     driver.poll().unwrap();
     let held = driver.accepted().to_vec();
     drop(driver);
-    let answers = device.model.audit().answers.len();
+    let answers = device.model().audit().answers.len();
     let mut driver = device.open();
     assert_eq!(driver.accepted(), held, "120 extents take three pages");
     assert_eq!(driver.counters().extents_adopted, 120);
     assert_eq!(driver.poll().unwrap(), []);
-    assert_eq!(device.model.audit().answers.len(), answers);
+    assert_eq!(device.model().audit().answers.len(), answers);
     driver.release(&ranges(&held)).unwrap();
     device.assert_settled(&driver);
 }
 
 #[test]
 fn recovery_33_offers_waiting_in_the_log_are_answered_at_start() {
-    let device = test_device(ModelConfig::default());
+    let device = any_device();
     let offered = device.offer(&[device.blocks(0, 1), device.blocks(4, 1)]);
     let mut driver = device.open();
     assert_eq!(driver.accepted(), offered);
     assert_eq!(driver.poll().unwrap(), [], "accepted() has told it already");
-    assert_eq!(device.model.audit().answers_to(0), 1);
+    assert_eq!(device.sent(0x4802), 1);
     device.assert_settled(&driver);
 }
 
 /// A driver that answers first and clears then may die in between.
 #[test]
 fn recovery_33_answered_group_left_in_the_log_is_not_answered_again() {
+    only_on_the_model!("a record of the test's own making");
     let (device, mut driver) = opened();
     let offered = device.offer(&[device.blocks(0, 1)]);
     driver.poll().unwrap();
     drop(driver);
     let extent = offered[0];
     device
-        .fabric
+        .fabric()
         .push_record(dax_backend::event_record::RawRecord {
             uuid: dax_backend::event_record::DYNAMIC_CAPACITY_RECORD,
             start: extent.range.start.0.into(),
@@ -63,32 +68,33 @@ fn recovery_33_answered_group_left_in_the_log_is_not_answered_again() {
         });
     let driver = device.open();
     assert_eq!(driver.accepted(), offered);
-    assert_eq!(device.model.audit().count(0x4802), 1);
+    assert_eq!(device.model().audit().count(0x4802), 1);
     device.assert_settled(&driver);
 }
 
 #[test]
 fn recovery_33_list_that_changes_between_pages_is_read_again() {
+    only_on_the_model!("the device goes wrong on order");
     let (device, mut driver) = opened();
     device.offer(&device.scattered(0, 120));
     driver.poll().unwrap();
     let held = driver.accepted().to_vec();
-    let before = device.model.audit().count(0x4801);
+    let before = device.model().audit().count(0x4801);
     device
-        .model
+        .model()
         .inject(Fault::on(0x4801, FaultKind::GenerationChange));
     assert_eq!(driver.listed().unwrap(), held);
     assert_eq!(
-        device.model.audit().count(0x4801) - before,
+        device.model().audit().count(0x4801) - before,
         2 + 3,
         "two pages for nothing"
     );
     for _ in 0..10 {
-        device.model.inject(Fault {
+        device.model().inject(Fault {
             after: 0,
             ..Fault::on(0x4801, FaultKind::GenerationChange)
         });
-        device.model.inject(Fault {
+        device.model().inject(Fault {
             after: 1,
             ..Fault::on(0x4801, FaultKind::GenerationChange)
         });
@@ -109,6 +115,7 @@ fn journaled(journal: &SharedJournal) -> DeviceConfig {
 
 #[test]
 fn recovery_34_group_cleared_in_part_survives_its_driver() {
+    only_on_the_model!("the records of a group come one by one");
     let device = test_device(ModelConfig::default());
     let journal = SharedJournal::new();
     let mut driver = device.open_with(journaled(&journal));
@@ -116,7 +123,7 @@ fn recovery_34_group_cleared_in_part_survives_its_driver() {
     offer.write(2);
     driver.poll().unwrap();
     assert_eq!(
-        device.model.audit().records_in_log,
+        device.model().audit().records_in_log,
         0,
         "the only record of it is the journal"
     );
@@ -125,12 +132,13 @@ fn recovery_34_group_cleared_in_part_survives_its_driver() {
     assert_eq!(driver.poll().unwrap(), []);
     offer.write(1);
     assert_eq!(outcome(&driver.poll().unwrap()).0, offer.extents());
-    assert_eq!(device.model.audit().answers_to(0), 1);
+    assert_eq!(device.model().audit().answers_to(0), 1);
     device.assert_settled(&driver);
 }
 
 #[test]
 fn recovery_34_answer_that_was_given_is_struck_out() {
+    only_on_the_model!("a device made for the test");
     let device = test_device(ModelConfig::default());
     let journal = SharedJournal::new();
     let mut driver = device.open_with(journaled(&journal));
@@ -141,12 +149,13 @@ fn recovery_34_answer_that_was_given_is_struck_out() {
     drop(driver);
     let driver = device.open_with(journaled(&journal));
     assert_eq!(driver.accepted(), []);
-    assert_eq!(device.model.audit().count(0x4802), 1);
+    assert_eq!(device.model().audit().count(0x4802), 1);
     device.assert_settled(&driver);
 }
 
 #[test]
 fn recovery_34_group_that_cannot_be_written_down_stays_in_the_log() {
+    only_on_the_model!("a device made for the test");
     let device = test_device(ModelConfig::default());
     let journal = SharedJournal::new();
     // Opening writes the journal once; from then on it cannot be written.
@@ -157,7 +166,7 @@ fn recovery_34_group_that_cannot_be_written_down_stays_in_the_log() {
         let error = driver.poll().unwrap_err();
         assert!(matches!(error, DeviceError::Journal(_)), "{error}");
     }
-    let audit = device.model.audit();
+    let audit = device.model().audit();
     assert_eq!((audit.records_in_log, audit.answers.len()), (1, 0));
     drop(driver);
     let driver = device.open_with(journaled(&journal));
@@ -167,9 +176,10 @@ fn recovery_34_group_that_cannot_be_written_down_stays_in_the_log() {
 
 #[test]
 fn recovery_35_region_update_is_read_again() {
+    only_on_the_model!("extents that no device should offer");
     let (device, mut driver) = opened();
     assert_eq!(driver.block_size(), 2 * MIB);
-    device.fabric.update_region(0, 4 * MIB).unwrap();
+    device.fabric().update_region(0, 4 * MIB).unwrap();
     assert_eq!(
         driver.poll().unwrap(),
         [DeviceEvent::RegionsUpdated { region: 0 }]
@@ -177,7 +187,7 @@ fn recovery_35_region_update_is_read_again() {
     assert_eq!(driver.block_size(), 4 * MIB);
     // The new block size rules at once.
     device
-        .fabric
+        .fabric()
         .add_unchecked(&[Extent::untagged(device.blocks(1, 2))]);
     let (accepted, rejected) = outcome(&driver.poll().unwrap());
     assert_eq!((accepted.len(), rejected.len()), (0, 1));
@@ -186,10 +196,11 @@ fn recovery_35_region_update_is_read_again() {
 
 #[test]
 fn recovery_35_unreadable_update_is_tried_again() {
+    only_on_the_model!("the device goes wrong on order");
     let (device, mut driver) = opened();
-    device.fabric.update_region(0, 4 * MIB).unwrap();
+    device.fabric().update_region(0, 4 * MIB).unwrap();
     device
-        .model
+        .model()
         .inject(Fault::on(0x4800, FaultKind::ReturnCode(0x04)));
     assert!(driver.poll().is_err());
     assert_eq!(driver.block_size(), 2 * MIB);
@@ -204,8 +215,9 @@ fn recovery_35_unreadable_update_is_tried_again() {
 /// being drained must be found by looking again.
 #[test]
 fn recovery_36_record_that_comes_during_a_drain_is_not_missed() {
+    only_on_the_model!("extents that no device should offer");
     let device = test_device(ModelConfig::default());
-    let fabric = device.fabric.clone();
+    let fabric = device.fabric().clone();
     let late = device.blocks(20, 1);
     let mut reads = 0;
     let wire = tapped(
@@ -222,12 +234,13 @@ fn recovery_36_record_that_comes_during_a_drain_is_not_missed() {
     device.offer(&[device.blocks(0, 1)]);
     let (accepted, _) = outcome(&driver.poll().unwrap());
     assert_eq!(ranges(&accepted), [device.blocks(0, 1), late]);
-    let audit = device.model.audit();
+    let audit = device.model().audit();
     assert_eq!((audit.records_in_log, audit.groups_pending), (0, 0));
 }
 
 #[test]
 fn recovery_36_log_is_read_now_and_then_without_a_signal() {
+    only_on_the_model!("a device made for the test");
     let device = test_device(ModelConfig::default());
     let interval = Duration::from_millis(30);
     let mut driver = device.open_with(DeviceConfig {
@@ -235,7 +248,7 @@ fn recovery_36_log_is_read_now_and_then_without_a_signal() {
         ..config()
     });
     let opened_at = Instant::now();
-    device.model.mute_event_status(true);
+    device.model().mute_event_status(true);
     let offered = device.offer(&[device.blocks(0, 1)]);
     let mut polls = 0;
     while driver.accepted().is_empty() {
@@ -255,24 +268,26 @@ fn recovery_36_log_is_read_now_and_then_without_a_signal() {
 fn recovery_36_idle_polls_send_no_command() {
     let (device, mut driver) = opened();
     driver.poll().unwrap();
-    let commands = device.model.audit().opcodes.len();
+    let commands = device.sent_in_all();
     for _ in 0..10 {
         driver.poll().unwrap();
     }
-    assert_eq!(device.model.audit().opcodes.len(), commands);
+    assert_eq!(device.sent_in_all(), commands);
 }
 
 #[test]
 fn recovery_36_enabling_interrupts_leaves_the_other_logs_alone() {
+    only_on_the_model!("a look into the device");
     let (device, mut driver) = opened();
     assert_eq!(driver.enable_interrupts(true).unwrap(), 6);
     assert_eq!(driver.enable_interrupts(false).unwrap(), 0);
-    let audit = device.model.audit();
+    let audit = device.model().audit();
     assert_eq!((audit.count(0x0102), audit.count(0x0103)), (4, 2));
 }
 
 #[test]
 fn recovery_37_one_command_is_in_flight() {
+    only_on_the_model!("a device made for the test");
     let device = test_device(ModelConfig {
         doorbell_delay: Duration::from_micros(300),
         ..ModelConfig::default()
@@ -302,16 +317,17 @@ fn recovery_37_one_command_is_in_flight() {
 /// Reads one byte of the device's memory, as the host finds it through the decoder.
 fn byte_at(device: &TestDevice, range: DpaRange) -> u8 {
     let mut byte = [0];
-    pread(device.model.memory(), &mut byte, offset(device, range)).unwrap();
+    pread(device.model().memory(), &mut byte, offset(device, range)).unwrap();
     byte[0]
 }
 
 fn offset(device: &TestDevice, range: DpaRange) -> u64 {
-    range.start.0 - device.model.memory_span().start.0
+    range.start.0 - device.model().memory_span().start.0
 }
 
 #[test]
 fn recovery_38_only_sanitizing_regions_give_clean_memory() {
+    only_on_the_model!("a device made for the test");
     let clean = ModelRegion {
         sanitizes: true,
         ..ModelRegion::of(256 * MIB)
@@ -325,7 +341,7 @@ fn recovery_38_only_sanitizing_regions_give_clean_memory() {
         let blocks = device.blocks(3, 1);
         device.offer(&[blocks]);
         driver.poll().unwrap();
-        pwrite(device.model.memory(), &[0xa5], offset(&device, blocks)).unwrap();
+        pwrite(device.model().memory(), &[0xa5], offset(&device, blocks)).unwrap();
         driver.release(&[blocks]).unwrap();
         device.offer(&[blocks]);
         driver.poll().unwrap();
@@ -340,6 +356,7 @@ fn recovery_38_only_sanitizing_regions_give_clean_memory() {
 
 #[test]
 fn recovery_39_what_is_written_is_read_and_nothing_else_is_touched() {
+    only_on_the_model!("a look into the device");
     let (device, mut driver) = opened();
     device.offer(&[device.blocks(0, 2), device.blocks(100, 1)]);
     driver.poll().unwrap();
@@ -351,19 +368,19 @@ fn recovery_39_what_is_written_is_read_and_nothing_else_is_touched() {
     let mut written = 0;
     for extent in driver.accepted() {
         let hpa = decoded.hpa(extent.range.start).unwrap();
-        assert_eq!(device.model.decode(hpa), Some(extent.range.start));
+        assert_eq!(device.model().decode(hpa), Some(extent.range.start));
         let at = hpa.0 - window.base.0;
         assert_eq!(at, offset(&device, extent.range));
         let pattern = vec![(at >> 21) as u8 + 1; extent.range.len as usize];
-        pwrite(device.model.memory().as_fd(), &pattern, at).unwrap();
+        pwrite(device.model().memory().as_fd(), &pattern, at).unwrap();
         written += extent.range.len;
         let mut read = vec![0; pattern.len()];
-        pread(device.model.memory(), &mut read, at).unwrap();
+        pread(device.model().memory(), &mut read, at).unwrap();
         assert_eq!(read, pattern);
     }
     assert_eq!(decoded.hpa(driver.dc_span().end()), None);
     driver.poll().unwrap();
     // Of the file, only what was written has pages: nobody probed beyond the extents.
-    let blocks = fstat(device.model.memory()).unwrap().st_blocks as u64;
+    let blocks = fstat(device.model().memory()).unwrap().st_blocks as u64;
     assert_eq!((written, blocks * 512), (3 * BLOCK, 3 * BLOCK));
 }

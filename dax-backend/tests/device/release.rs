@@ -10,7 +10,7 @@ use dax_backend::mailbox::MailboxError;
 use dax_backend::model::{Fault, FaultKind, ReleasePolicy};
 use zerocopy::FromZeros;
 
-use crate::bench::{BLOCK, opened, range, ranges, tag};
+use crate::bench::{BLOCK, only_on_the_model, opened, range, ranges, tag};
 
 fn requests(events: &[DeviceEvent]) -> Vec<(dax_backend::address::DpaRange, ExtentTag)> {
     let requests = events.iter().filter_map(|event| match event {
@@ -31,20 +31,17 @@ fn release_20_request_waits_until_the_host_is_done() {
     for _ in 0..3 {
         assert_eq!(driver.poll().unwrap(), [], "the device does not ask again");
     }
-    assert_eq!(
-        device.model.audit().count(0x4803),
-        0,
-        "the host still uses it"
-    );
+    assert_eq!(device.sent(0x4803), 0, "the host still uses it");
     assert_eq!(driver.accepted().len(), 1);
     driver.release(&[device.blocks(0, 4)]).unwrap();
-    assert_eq!(device.model.audit().count(0x4803), 1);
+    assert_eq!(device.sent(0x4803), 1);
     assert_eq!(driver.counters().bytes_released, 4 * BLOCK);
     device.assert_settled(&driver);
 }
 
 #[test]
 fn release_21_untagged_request_names_whole_blocks_of_what_is_held() {
+    only_on_the_model!("a record of the test's own making");
     let (device, mut driver) = opened();
     device.offer(&[device.blocks(0, 4), device.blocks(4, 4)]);
     driver.poll().unwrap();
@@ -56,7 +53,7 @@ fn release_21_untagged_request_names_whole_blocks_of_what_is_held() {
     assert_eq!(asked, [device.blocks(2, 2), device.blocks(4, 2)]);
     // A device that asks for half a block gets the whole one.
     let part = device.blocks(6, 1);
-    device.fabric.push_record(RawRecord {
+    device.fabric().push_record(RawRecord {
         uuid: DYNAMIC_CAPACITY_RECORD,
         kind: 1,
         start: (part.start.0 + 4096).into(),
@@ -69,6 +66,7 @@ fn release_21_untagged_request_names_whole_blocks_of_what_is_held() {
 
 #[test]
 fn release_21_tagged_request_names_the_whole_tag_group() {
+    only_on_the_model!("a look into the device");
     let (device, mut driver) = opened();
     device.offer_tagged(&[device.blocks(0, 2), device.blocks(10, 2)], tag(1));
     device.offer_tagged(&[device.blocks(20, 2)], tag(2));
@@ -81,7 +79,7 @@ fn release_21_tagged_request_names_the_whole_tag_group() {
     assert_eq!(requests(&driver.poll().unwrap()), whole);
     // A record for each extent of the tag asks once, not once for each.
     device
-        .fabric
+        .fabric()
         .release(&ReleasePolicy::Tag(tag(1)), false)
         .unwrap();
     assert_eq!(requests(&driver.poll().unwrap()), whole);
@@ -92,6 +90,7 @@ fn release_21_tagged_request_names_the_whole_tag_group() {
 
 #[test]
 fn release_22_request_for_what_is_not_held_is_ignored() {
+    only_on_the_model!("a record of the test's own making");
     let (device, mut driver) = opened();
     device.offer(&[device.blocks(0, 4)]);
     driver.poll().unwrap();
@@ -104,7 +103,7 @@ fn release_22_request_for_what_is_not_held_is_ignored() {
         (u64::MAX, u64::MAX),
         (device.blocks(0, 1).start.0, 0),
     ] {
-        device.fabric.push_record(RawRecord {
+        device.fabric().push_record(RawRecord {
             uuid: DYNAMIC_CAPACITY_RECORD,
             kind: 1,
             start: start.into(),
@@ -114,7 +113,7 @@ fn release_22_request_for_what_is_not_held_is_ignored() {
     }
     assert_eq!(driver.poll().unwrap(), []);
     assert_eq!(driver.counters().releases_not_held, 4);
-    assert_eq!(device.model.audit().count(0x4803), 1);
+    assert_eq!(device.model().audit().count(0x4803), 1);
     device.assert_settled(&driver);
 }
 
@@ -139,6 +138,7 @@ fn release_23_any_blocks_are_given_back_unasked() {
 
 #[test]
 fn release_23_what_the_device_would_refuse_is_not_sent() {
+    only_on_the_model!("a look into the device");
     let (device, mut driver) = opened();
     device.offer(&[device.blocks(0, 4)]);
     device.offer_tagged(&[device.blocks(10, 2), device.blocks(20, 2)], tag(1));
@@ -159,30 +159,32 @@ fn release_23_what_the_device_would_refuse_is_not_sent() {
         "{error}"
     );
     assert_eq!(driver.accepted(), held);
-    assert_eq!(device.model.audit().count(0x4803), 0);
+    assert_eq!(device.model().audit().count(0x4803), 0);
 }
 
 #[test]
 fn release_23_many_ranges_take_several_commands() {
+    only_on_the_model!("a group that is longer than its log");
     let (device, mut driver) = opened();
     let scattered = device.scattered(0, 100);
     device.offer(&scattered);
     driver.poll().unwrap();
     driver.release(&scattered).unwrap();
-    assert_eq!(device.model.audit().releases, [85, 15]);
+    assert_eq!(device.model().audit().releases, [85, 15]);
     assert_eq!(driver.accepted(), []);
     device.assert_settled(&driver);
 }
 
 #[test]
 fn release_24_offered_capacity_is_never_released() {
+    only_on_the_model!("the records of a group come one by one");
     let (device, mut driver) = opened();
     let mut offer = device.offer_slowly(&[device.blocks(0, 1), device.blocks(4, 1)]);
     offer.write(1);
     driver.poll().unwrap();
     let error = driver.release(&[device.blocks(0, 1)]).unwrap_err();
     assert!(matches!(error, DeviceError::NotHeld { .. }), "{error}");
-    device.fabric.push_record(RawRecord {
+    device.fabric().push_record(RawRecord {
         uuid: DYNAMIC_CAPACITY_RECORD,
         kind: 1,
         start: device.blocks(0, 1).start.0.into(),
@@ -190,11 +192,12 @@ fn release_24_offered_capacity_is_never_released() {
         ..RawRecord::new_zeroed()
     });
     assert_eq!(driver.poll().unwrap(), []);
-    assert_eq!(device.model.audit().count(0x4803), 0);
+    assert_eq!(device.model().audit().count(0x4803), 0);
 }
 
 #[test]
 fn release_25_forced_release_takes_effect_at_once_and_is_not_answered() {
+    only_on_the_model!("the device is asked for a forced release");
     let (device, mut driver) = opened();
     device.offer(&[device.blocks(0, 4)]);
     device.offer_tagged(&[device.blocks(10, 1)], tag(3));
@@ -218,7 +221,7 @@ fn release_25_forced_release_takes_effect_at_once_and_is_not_answered() {
         [device.blocks(0, 1), device.blocks(3, 1)]
     );
     assert_eq!(driver.counters().bytes_forced, 3 * BLOCK);
-    assert_eq!(device.model.audit().count(0x4803), 0);
+    assert_eq!(device.model().audit().count(0x4803), 0);
     device.assert_settled(&driver);
 }
 
@@ -241,17 +244,18 @@ fn release_27_split_extents_match_the_device() {
 
 #[test]
 fn release_27_release_of_unknown_outcome_is_looked_up() {
+    only_on_the_model!("the device goes wrong on order");
     for (fault, released) in [(FaultKind::HangExecuted, true), (FaultKind::Hang, false)] {
         let (device, mut driver) = opened();
         device.offer(&[device.blocks(0, 4)]);
         driver.poll().unwrap();
-        device.model.inject(Fault::on(0x4803, fault));
+        device.model().inject(Fault::on(0x4803, fault));
         let error = driver.release(&[device.blocks(1, 1)]).unwrap_err();
         assert!(
             matches!(error, DeviceError::Mailbox(MailboxError::Timeout { .. })),
             "{error}"
         );
-        device.model.reset();
+        device.model().reset();
         driver.poll().unwrap();
         assert_eq!(driver.accepted().len() == 2, released);
         assert_eq!(
@@ -265,6 +269,7 @@ fn release_27_release_of_unknown_outcome_is_looked_up() {
 /// A forced release can be lost with the log, and nobody told: the device refuses what is gone.
 #[test]
 fn release_27_refused_release_is_looked_up() {
+    only_on_the_model!("the device is asked for a forced release");
     let (device, mut driver) = opened();
     device.offer(&[device.blocks(0, 4)]);
     driver.poll().unwrap();

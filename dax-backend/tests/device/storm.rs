@@ -12,7 +12,7 @@ use dax_backend::model::{
 };
 use proptest::prelude::*;
 
-use crate::bench::{BLOCK, Driver, TestDevice, sorted, tag, test_device};
+use crate::bench::{BLOCK, Driver, TestDevice, on_qemu, sorted, tag, test_device};
 use crate::wire::SharedJournal;
 
 const BLOCKS: u64 = 64;
@@ -129,7 +129,7 @@ impl Storm {
     }
 
     fn held(&self, which: prop::sample::Index) -> Option<Extent> {
-        let accepted = self.device.model.audit().accepted;
+        let accepted = self.device.model().audit().accepted;
         (!accepted.is_empty()).then(|| *which.get(&accepted))
     }
 
@@ -139,7 +139,7 @@ impl Storm {
         let chain_open = self.slow.is_some();
         match step {
             Step::Offer { count, tag } if !chain_open => {
-                let _ = self.device.fabric.add(&Self::request(count, tag));
+                let _ = self.device.fabric().add(&Self::request(count, tag));
             }
             Step::OfferNonsense { start, len } if !chain_open => {
                 let nonsense = DpaRange {
@@ -147,13 +147,13 @@ impl Storm {
                     len,
                 };
                 self.device
-                    .fabric
+                    .fabric()
                     .add_unchecked(&[Extent::untagged(nonsense)]);
             }
             Step::OfferSlowly { count } => match self.slow.take() {
                 Some(mut offer) => offer.write(usize::MAX),
                 None => {
-                    let offer = self.device.fabric.add_slowly(&Self::request(count, 0));
+                    let offer = self.device.fabric().add_slowly(&Self::request(count, 0));
                     self.slow = offer.ok();
                     if let Some(offer) = &mut self.slow {
                         offer.write(1);
@@ -168,7 +168,7 @@ impl Storm {
                 }
                 if let Some(extent) = self.held(which) {
                     let policy = ReleasePolicy::Prescriptive(vec![extent.range]);
-                    let _ = self.device.fabric.release(&policy, forced);
+                    let _ = self.device.fabric().release(&policy, forced);
                 }
             }
             Step::GiveBack { which } => {
@@ -191,7 +191,7 @@ impl Storm {
                 let _ = driver.release(&ranges);
             }
             Step::Fault { opcode, kind } => {
-                self.device.model.inject(Fault::on(opcode, kind));
+                self.device.model().inject(Fault::on(opcode, kind));
             }
             Step::Restart => self.driver = None,
             Step::Poll => {
@@ -205,8 +205,8 @@ impl Storm {
 
     /// The weather clears: no more faults, and everything comes to its end.
     fn settle(&mut self) {
-        self.device.model.clear_faults();
-        self.device.model.reset();
+        self.device.model().clear_faults();
+        self.device.model().reset();
         if let Some(mut offer) = self.slow.take() {
             offer.write(usize::MAX);
         }
@@ -232,7 +232,7 @@ impl Storm {
         // for the late end of a group cut short.
         for _ in 0..2 {
             self.device
-                .fabric
+                .fabric()
                 .add(&Self::request(1, 0))
                 .expect("there is room");
             self.driver()
@@ -249,17 +249,21 @@ proptest! {
     /// No group is answered twice, none is left unanswered, and device and driver agree.
     #[test]
     fn device_and_driver_agree_after_any_storm(steps in prop::collection::vec(step(), 1..60)) {
+        if on_qemu() {
+            println!("SKIPPED: only the software device can do it: the device goes wrong on order");
+            return Ok(());
+        }
         let mut storm = Storm::new();
         for step in steps {
-            let hung = storm.device.model.is_hung();
+            let hung = storm.device.model().is_hung();
             storm.take(step);
             if hung {
                 // What hangs is ended by a reset, sooner or later.
-                storm.device.model.reset();
+                storm.device.model().reset();
             }
         }
         storm.settle();
-        let audit = storm.device.model.audit();
+        let audit = storm.device.model().audit();
         // An acceptance of what is not offered is refused; a rejection would kill some devices.
         let rejects_nothing = |answer: &AnswerAudit| answer.group.is_none() && answer.ranges == 0;
         prop_assert!(!audit.answers.iter().any(rejects_nothing), "{:#?}", audit.answers);

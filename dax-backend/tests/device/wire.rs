@@ -87,6 +87,23 @@ impl<T: Tap> Mmio for Wire<T> {
     }
 }
 
+/// Which commands were sent.
+#[derive(Clone, Default)]
+pub(crate) struct Doorbells(Arc<Mutex<Vec<u16>>>);
+
+impl Doorbells {
+    pub(crate) fn count(&self, wanted: impl Fn(u16) -> bool) -> usize {
+        let rung = self.0.lock().unwrap();
+        rung.iter().filter(|&&opcode| wanted(opcode)).count()
+    }
+}
+
+impl Tap for Doorbells {
+    fn after(&mut self, opcode: u16) {
+        self.0.lock().unwrap().push(opcode);
+    }
+}
+
 /// A device that can be unplugged.
 #[derive(Clone, Default)]
 pub(crate) struct Plug(Arc<AtomicBool>);

@@ -10,6 +10,7 @@ mod docs;
 mod format;
 mod hazards;
 mod programs;
+mod qtest;
 mod recall;
 mod recall_redis;
 mod speed;
@@ -43,6 +44,11 @@ pub(crate) const ALL: &[Rung] = &[
         name: "unit",
         shows: "unit, property and model tests of every crate",
         run: unit::run,
+    },
+    Rung {
+        name: "qtest",
+        shows: "the driver's device tests on QEMU's device, without a guest",
+        run: qtest::run,
     },
     Rung {
         name: "docs",
