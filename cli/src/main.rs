@@ -1,5 +1,6 @@
 //! `dcm`: run programs on dynamic CXL capacity, serve a device, look at both.
 
+mod activation;
 mod attach;
 mod capacity;
 mod conf;

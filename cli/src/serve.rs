@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use anyhow::Context;
@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::failure::Failure;
 use crate::signals::Signals;
 use crate::size::Bytes;
-use crate::{capacity, emulate, keeper, live, log, sockets};
+use crate::{activation, capacity, emulate, keeper, live, log, sockets};
 
 /// What the broker behind a `dcm run` says when programs can connect.
 pub(crate) const READY: &str = "ready\n";
@@ -68,14 +68,14 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
     let emulated = options.capacity.emulated();
     let kept = emulated.filter(|_| options.run.is_none());
     if let (Some((size, offer)), None) = (&kept, options.worker) {
-        let listener = Listener::bind(&path, sockets::is_system())?;
+        let listener = listen(&path)?;
         let model = emulate::device(*size, offer)?;
         return keeper::keep(&model, &listener, &signals, || {
-            Ok(announce(&format!(
-                "serving {} of a software device of {} at {}\n",
+            Ok(serving(&format!(
+                "{} of a software device of {} at {}\n",
                 Bytes(offer.iter().sum()),
                 Bytes(*size),
-                path.display()
+                listener.path().display()
             ))?)
         });
     }
@@ -85,16 +85,16 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
         let mut store = from_keeper(&stop)?;
         let listener = store.take(keeper::LISTENER);
         let listener = listener.context("the keeper has handed over no listener")?;
+        let path = activation::path_of(&listener).unwrap_or(path);
         let listener = Listener::inherited(listener, &path);
         let broker = emulate::worker(store, offer.iter().sum(), config)?;
         (broker, listener, None)
     } else {
         let (broker, served) = options.capacity.broker(config)?;
-        let listener = Listener::bind(&path, sockets::is_system())?;
-        (broker, listener, Some(served))
+        (broker, listen(&path)?, Some(served))
     };
     if let Some(address) = options.listen {
-        live::start(address, &path)?;
+        live::start(address, listener.path())?;
     }
     if options.run.is_some() {
         announce(READY)?;
@@ -112,16 +112,20 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
             stop.now();
         });
         match served {
-            Some(served) => announce(&format!(
-                "serving {served} at {}
-",
-                path.display()
-            ))?,
+            Some(served) => serving(&format!("{served} at {}\n", listener.path().display()))?,
             None => broker.ready(),
         }
     }
     broker.serve(&listener, &stop).context("polling failed")?;
     Ok(())
+}
+
+/// The socket that systemd has for us, or one at `path`.
+fn listen(path: &Path) -> anyhow::Result<Listener> {
+    match activation::listener()? {
+        Some(listener) => Ok(listener),
+        None => Ok(Listener::bind(path, sockets::is_system())?),
+    }
 }
 
 /// What the keeper has, from the socket that stdin is. Without a keeper the
@@ -143,6 +147,13 @@ fn announce(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
+}
+
+/// Tells whoever started this that programs can connect.
+fn serving(what: &str) -> io::Result<()> {
+    announce(&format!("serving {what}"))?;
+    activation::notify_ready();
+    Ok(())
 }
 
 /// A client takes three descriptors; the usual soft limit is for programs that

@@ -4,6 +4,7 @@
 //! own mathematics stands in for it. Where a program must talk to the broker,
 //! this test binary is the program ([`client`]).
 
+mod activation;
 mod call;
 mod client;
 mod doctor;
