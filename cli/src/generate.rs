@@ -123,3 +123,26 @@ fn settings(page: &mut Roff) {
         ))]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A key that somebody adds is in the page too, in the same words.
+    #[test]
+    fn the_tuning_page_has_the_table_of_settings() {
+        let page = include_str!("../../docs/tuning.md");
+        let rows = KEYS.iter().map(|key| {
+            let values = key.values.replace('|', "\\|");
+            format!(
+                "| `{}` | `{values}` | `{}` | {} |\n",
+                key.name, key.default, key.help
+            )
+        });
+        let table: String = rows.collect();
+        assert!(
+            page.contains(&format!("|---|---|---|---|\n{table}\n")),
+            "docs/tuning.md is to have this table:\n{table}"
+        );
+    }
+}
