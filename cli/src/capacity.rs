@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
@@ -9,6 +10,7 @@ use dax_backend::broker::{Broker, BrokerConfig};
 use dax_backend::pci::PciAddress;
 
 use crate::attach::{self, Attach};
+use crate::dax;
 use crate::emulate;
 use crate::failure::Failure;
 use crate::size::{self, Bytes};
@@ -25,6 +27,9 @@ pub(crate) struct Source {
     /// Drive the CXL device at this PCI address, which `dcm devices` lists
     #[arg(long, value_name = "BDF", group = "capacity")]
     device: Option<PciAddress>,
+    /// Serve memory that is there already: /dev/daxX.Y, or a file on hugetlbfs, tmpfs or a DAX file system
+    #[arg(long, value_name = "PATH", group = "capacity")]
+    dax: Option<PathBuf>,
     #[command(flatten)]
     attach: Attach,
 }
@@ -32,7 +37,7 @@ pub(crate) struct Source {
 impl Source {
     /// Whether any capacity was named.
     pub(crate) fn is_given(&self) -> bool {
-        self.emulate.is_some() || self.device.is_some()
+        self.emulate.is_some() || self.device.is_some() || self.dax.is_some()
     }
 
     /// Checks what can be checked without touching anything.
@@ -41,8 +46,8 @@ impl Source {
             Some(size) => emulate::check(size, &self.offer),
             None if self.is_given() => Ok(()),
             None => Err(Failure::Usage(
-                "say what to serve: --device BDF (`dcm devices` lists them), or a software \
-                 device, --emulate 1G"
+                "say what to serve: --device BDF (`dcm devices` lists them), --dax /dev/daxX.Y, or a \
+                 software device, --emulate 1G"
                     .into(),
             )),
         }
@@ -63,6 +68,9 @@ impl Source {
     pub(crate) fn broker(&self, config: BrokerConfig) -> Result<(Broker, String), Failure> {
         if let Some(address) = self.device {
             return attach::broker(address, &self.attach, config);
+        }
+        if let Some(path) = &self.dax {
+            return dax::broker(path, config);
         }
         let (size, offer) = self.emulated().context("no capacity was named")?;
         let broker = emulate::broker(size, &offer, config)?;
@@ -87,6 +95,9 @@ impl Source {
         let offer = (!self.offer.is_empty()).then(|| list(&self.offer));
         option("--offer", offer);
         option("--device", self.device.map(|address| address.to_string()));
+        if let Some(path) = &self.dax {
+            arguments.extend(["--dax".into(), path.into()]);
+        }
         arguments.extend(self.attach.arguments());
         arguments
     }

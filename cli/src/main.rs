@@ -4,6 +4,7 @@ mod activation;
 mod attach;
 mod capacity;
 mod conf;
+mod dax;
 mod devices;
 mod doctor;
 mod emulate;

@@ -22,6 +22,7 @@ pub mod error;
 pub mod event_record;
 pub mod extent;
 pub mod extent_list;
+pub mod fixed;
 pub mod hdm;
 pub mod journal;
 pub mod mailbox;

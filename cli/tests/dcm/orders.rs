@@ -56,6 +56,39 @@ fn capacity_is_added_released_and_shown() {
 }
 
 #[test]
+fn memory_that_is_there_already_is_lent_taken_out_of_use_and_put_back() {
+    let dcm = Dcm::new();
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    file.as_file().set_len(64 * MIB).unwrap();
+    let path = file.path().to_str().unwrap();
+    let mut server = dcm.serve(&["--dax", path]);
+    let mut program = run_leasing(&dcm, &[], 16 * MIB)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let status = || json(&dcm.ok(&["status", "--json"]));
+    within(Duration::from_secs(10), "a lease", || {
+        status()["capacity"]["leased"] == 16 * MIB
+    });
+    let receipt = json(&dcm.ok(&["release", "40M", "--json"]));
+    assert_eq!(receipt["returned_free"], 40 * MIB);
+    assert_eq!(status()["capacity"]["accepted"], 24 * MIB);
+    let range = format!("{}+2M", status()["extents"][0]["dpa"].as_str().unwrap());
+    let forced = stderr(&dcm.call(&["release", &range, "--force"]));
+    assert!(forced.contains("release it without force"), "{forced}");
+    let added = dcm.ok(&["add", "32M"]);
+    assert!(added.starts_with("accepted  32M of 32M"), "{added}");
+    assert_eq!(status()["capacity"]["accepted"], 56 * MIB);
+    let second = dcm.call(&["serve", "--dax", path, "--socket", "/nowhere/sock"]);
+    let second = stderr(&second);
+    assert!(second.contains("is served already"), "{second}");
+    program.kill().unwrap();
+    program.wait().unwrap();
+    assert_eq!(server.terminate(), Some(0));
+}
+
+#[test]
 fn what_the_fabric_refuses_is_said() {
     let dcm = Dcm::new();
     let _server = dcm.serve(&["--emulate", "64M"]);
