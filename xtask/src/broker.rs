@@ -1,10 +1,11 @@
-//! A broker over a software device of its own, for as long as the value lives.
+//! A broker of its own, over a software device or a CXL device, for as long as the value lives.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -17,24 +18,41 @@ const LIMIT: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub(crate) struct Broker {
     // Ended before its directory goes.
-    _process: Background,
+    process: Background,
     dir: TempDir,
+    /// For one order.
+    limit: Duration,
 }
 
 impl Broker {
     /// Serves a software device of 1 GiB of which `offer` is added at once, as one group.
     pub(crate) fn serve(offer: &str) -> Result<Self> {
+        Self::over(&["--emulate", "1G", "--offer", offer], LIMIT)
+    }
+
+    /// Serves what `source`, options of `dcm serve`, names. It starts, and follows an order, within `limit`.
+    pub(crate) fn over(source: &[&str], limit: Duration) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let mut serve = Command::new(workspace::dcm());
-        serve.args(["serve", "--emulate", "1G", "--offer", offer, "--socket"]);
+        serve.arg("serve").args(source).arg("--socket");
         let mut process = Background::start(serve.arg(dir.path().join("broker.sock")))?;
-        process
-            .wait_for("serving", LIMIT)
-            .context("dcm serve did not start")?;
+        if let Err(error) = process.wait_for("serving", limit) {
+            let finished = process.finish(Duration::ZERO)?;
+            bail!("dcm serve: {error:#}: {}", finished.stderr.trim());
+        }
         Ok(Self {
-            _process: process,
+            process,
             dir,
+            limit,
         })
+    }
+
+    /// Has it end as an operator would, or as `kill -9` does.
+    pub(crate) fn end(self, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(self.process.id().cast_signed()).context("no process")?;
+        kill_process(pid, signal)?;
+        self.process.finish(self.limit)?;
+        Ok(())
     }
 
     /// Where it listens.
@@ -60,7 +78,7 @@ impl Broker {
     pub(crate) fn order(&self, order: &[&str]) -> Result<String> {
         let mut dcm = Command::new(workspace::dcm());
         dcm.args(order).arg("--socket").arg(self.socket());
-        let finished = process::run(&mut dcm, LIMIT)?;
+        let finished = process::run(&mut dcm, self.limit)?;
         if !finished.success() {
             bail!(
                 "dcm {}: {}: {}",

@@ -1,7 +1,15 @@
 //! `cargo xtask guest`: a machine with a CXL Dynamic Capacity Device under a stock Debian kernel.
 
+mod check;
 mod image;
+mod inside;
 mod machine;
+mod plan;
+mod port;
+mod qmp;
+pub(crate) mod test;
+
+use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -12,12 +20,19 @@ use crate::{packages, process};
 pub(crate) enum Task {
     /// A shell in the guest, with the device on uio and its memory on /dev/dax0.0
     Shell,
+    /// Run checks in the guest, on a device that a fabric manager outside adds to and takes from
+    Test(test::Options),
+    /// The part of `test` that runs in the guest
+    #[command(hide = true)]
+    Inside,
 }
 
 /// Whether all went well.
 pub(crate) fn run(task: &Task) -> Result<bool> {
     match task {
         Task::Shell => shell(),
+        Task::Test(options) => test::run(options),
+        Task::Inside => inside::run(),
     }
 }
 
@@ -32,4 +47,9 @@ fn shell() -> Result<bool> {
     );
     let mut qemu = machine::qemu(&image, &qmp, &["/bin/bash", "-l"]);
     process::run_visibly(qemu.args(["-serial", "mon:stdio"]))
+}
+
+/// Where the host leaves the plan for the guest.
+fn plan_file() -> PathBuf {
+    image::directory().join("plan.json")
 }

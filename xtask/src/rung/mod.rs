@@ -8,6 +8,7 @@ mod crash;
 mod crash_evacuation;
 mod docs;
 mod format;
+mod guest;
 mod hazards;
 mod programs;
 mod qtest;
@@ -15,7 +16,7 @@ mod recall;
 mod recall_redis;
 mod speed;
 mod symbols;
-mod unit;
+pub(crate) mod unit;
 
 use anyhow::Result;
 
@@ -94,6 +95,11 @@ pub(crate) const ALL: &[Rung] = &[
         name: "crash",
         shows: "kill -9 leaves no lease, no byte, no process and no socket",
         run: crash::run,
+    },
+    Rung {
+        name: "guest",
+        shows: "a CXL device of QEMU's under a stock kernel, with a broker and programs on it",
+        run: guest::run,
     },
     Rung {
         name: "speed",

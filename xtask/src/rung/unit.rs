@@ -32,7 +32,7 @@ pub(super) fn run() -> Result<Tally> {
 
 /// Reads the harness's lines: `test NAME ... ok|FAILED|ignored`, and, in a passing test's own output,
 /// `SKIPPED: reason` under the heading `---- NAME stdout ----`.
-pub(super) fn count(output: &str) -> Tally {
+pub(crate) fn count(output: &str) -> Tally {
     let mut tally = Tally::default();
     let mut heading = "";
     let mut skipped: Vec<&str> = Vec::new();

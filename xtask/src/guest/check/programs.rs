@@ -1,0 +1,91 @@
+//! Programs that lose their extents while they work on them, and say what they say without us.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+use super::super::inside::Guest;
+use super::served::{self, LIMIT, MIB, Served, mib};
+use crate::process::{self, Background};
+
+/// A database that is made, changed, and read until there is a file `stop`, and then checked.
+const DATABASE: &str = "\
+CREATE TABLE record(id INTEGER PRIMARY KEY, name TEXT NOT NULL, payload TEXT NOT NULL, score INTEGER NOT NULL);
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 12000)
+INSERT INTO record
+SELECT i, printf('name-%08d', i * 7919 % 200003), printf('%0*d', 100 + i % 160, i), i * 31 % 1000 FROM n;
+CREATE INDEX record_name ON record(name);
+SELECT writefile('loaded', 'x');
+UPDATE record SET payload = payload || '-changed' WHERE score < 300;
+DELETE FROM record WHERE id % 7 = 3;
+WITH RECURSIVE turn(i) AS (
+    SELECT 1 UNION ALL
+    SELECT i + 1 FROM turn
+    WHERE readfile('stop') IS NULL
+    AND (SELECT sum(length(payload)) FROM record WHERE id BETWEEN i * 100 % 12000 AND i * 100 % 12000 + 99) > 0
+) SELECT max(i) > 0 FROM turn;
+PRAGMA integrity_check;
+SELECT count(*), sum(length(payload)), sum(score), min(name), max(name) FROM record;
+SELECT score, count(*), sum(id) FROM record GROUP BY score HAVING score % 100 = 0;
+";
+
+/// SQLite's shell with a database of a few MiB.
+pub(super) fn sqlite(guest: &Guest) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let stop = dir.path().join("stop");
+    let script = ["-batch", ":memory:", DATABASE];
+    fs::write(&stop, "")?;
+    let mut bare = Command::new("sqlite3");
+    let bare = process::run(bare.current_dir(dir.path()).args(script), LIMIT)?;
+    ensure!(
+        bare.success() && bare.stdout.contains("\nok\n"),
+        "without us: {} {} {}",
+        bare.ending(),
+        bare.stdout.trim(),
+        bare.stderr.trim()
+    );
+    fs::remove_file(&stop)?;
+    fs::remove_file(dir.path().join("loaded"))?;
+
+    let halves = [mib(0, 6), mib(16, 6)];
+    let served = Served::with(guest, &halves)?;
+    let mut shell = served.run("sqlite3");
+    let mut shell = Background::start(shell.current_dir(dir.path()).args(script))?;
+    wait_for_file(&mut shell, &dir.path().join("loaded"))?;
+    let start = Instant::now();
+    let mut moved = 0;
+    for half in halves {
+        moved += served::moved(&served.lose(guest, &[half])?)?;
+    }
+    guest.note(format!(
+        "12 MiB asked back in two goes were gone after {} ms, {} MiB moved in use",
+        start.elapsed().as_millis(),
+        moved / MIB
+    ));
+    ensure!(!shell.has_ended()?, "it ended before it was told to");
+    fs::write(&stop, "")?;
+    let finished = shell.finish(LIMIT)?;
+    ensure!(
+        finished.success() && finished.stdout == bare.stdout && finished.stderr == bare.stderr,
+        "{}, or another result: {} {}",
+        finished.ending(),
+        finished.stdout.trim(),
+        finished.stderr.trim()
+    );
+    ensure!(moved > 0, "nothing was moved");
+    served.leave()
+}
+
+fn wait_for_file(program: &mut Background, path: &Path) -> Result<()> {
+    let start = Instant::now();
+    while !path.exists() {
+        ensure!(!program.has_ended()?, "the program ended too early");
+        ensure!(start.elapsed() < LIMIT, "no {} appears", path.display());
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
