@@ -92,6 +92,12 @@ pub const KEYS: &[Key] = &[
         "how long an unused granule is kept before it goes back to the broker",
     ),
     key(
+        "on_lost",
+        "sigbus | zero",
+        "sigbus",
+        "what memory reads as that a device took by force, where no callback says otherwise",
+    ),
+    key(
         "verbose",
         "true | false",
         "false",
@@ -120,6 +126,8 @@ pub struct Config {
     pub decay_ms: u32,
     /// Milliseconds for which an unused granule is kept.
     pub return_after_ms: u32,
+    /// Whether what is lost reads as zeroes, instead of raising SIGBUS.
+    pub zero_lost: bool,
     /// Whether anything may be written to stderr.
     pub verbose: bool,
 }
@@ -136,6 +144,7 @@ impl Config {
         promote: 512 << 20,
         decay_ms: 250,
         return_after_ms: 500,
+        zero_lost: false,
         verbose: false,
     };
 
@@ -171,6 +180,11 @@ impl Config {
             "promote" => self.promote = parse_size(value).ok_or(bad(key.values))? as u64,
             "decay" => self.decay_ms = value.parse().map_err(|_| bad(key.values))?,
             "return_after" => self.return_after_ms = value.parse().map_err(|_| bad(key.values))?,
+            "on_lost" => match value {
+                "sigbus" => self.zero_lost = false,
+                "zero" => self.zero_lost = true,
+                _ => return Err(bad(key.values)),
+            },
             _ => self.verbose = value.parse().map_err(|_| bad(key.values))?,
         }
         Ok(())

@@ -13,7 +13,7 @@ use crate::heap::Heap;
 use crate::source::{ExtentSource, Recall, Refusal};
 use crate::space::rebind::Taken;
 use crate::space::rebind::{self, Memory, Monitor, Mover, RUN, RebindError, Spare, StallHistogram};
-use crate::space::{Backing, GRANULE, Leaving, Move, PAGES_PER_GRANULE};
+use crate::space::{Backing, Fate, GRANULE, Leaving, Move, PAGES_PER_GRANULE};
 use crate::spill::{Spill, SpillState};
 
 /// The monitor thread's part, which outlives everything.
@@ -234,6 +234,7 @@ impl Evacuator {
         if !ended.freed.is_empty() {
             source.give_back(&ended.freed);
         }
+        heap.service().lose_landed(heap, source);
         Evacuated {
             to_extents: (ended.to_extents * GRANULE) as u64,
             to_dram: (ended.to_dram * GRANULE) as u64,
@@ -366,39 +367,49 @@ impl Evacuator {
         let (index, live) = (picked.index(), *picked.live(0));
         // SAFETY: extents lie in the window, which is a shared mapping.
         let spare = picked.with_steps(|steps| unsafe { Spare::prepare(steps) });
+        // Lost on its way to the file, whatever is in there.
+        let fate = heap.space().take_fate(granule);
         let mut stayed = [Some(Refusal::NoDram); RUN];
-        let mut lost = None;
-        if let Ok(mut spare) = spare {
-            // SAFETY: a spare is nobody's.
-            match unsafe { spill.read(index, spare.granule(0), &live) } {
-                Ok(()) => {
-                    // SAFETY: a spilled granule is taken, and this is what was
-                    // live of it.
-                    let given = unsafe { self.mover.give(granule, &mut spare, 0) };
-                    if given.is_ok() {
-                        stayed[0] = None;
-                    }
-                }
-                Err(error) => lost = Some(error),
+        let mut dead = fate == Some(Fate::Fault);
+        let mut unread = None;
+        if !dead && let Ok(mut spare) = spare {
+            let read = match fate {
+                // SAFETY: a spare is nobody's.
+                None => unsafe { spill.read(index, spare.granule(0), &live) },
+                Some(_) => Ok(()),
+            };
+            if let Err(error) = read {
+                dead = true;
+                unread = Some(error);
+            // SAFETY: a spilled granule is taken, and this is what was live of
+            // it, or zeroes.
+            } else if unsafe { self.mover.give(granule, &mut spare, 0) }.is_ok() {
+                stayed[0] = None;
             }
         }
-        if let Some(error) = lost {
+        if dead {
             // SAFETY: as above; a mapping of its own that raises SIGBUS.
-            if unsafe { self.mover.give_shared(granule, spill.dead()) }.is_ok() {
-                heap.space().lose_spilled(granule);
-                heap.note_spill_lost(error);
-            }
+            dead = unsafe { self.mover.give_shared(granule, heap.space().dead()) }.is_ok();
+        }
+        if dead {
+            heap.space().lose_spilled(granule);
+            unread
+                .into_iter()
+                .for_each(|error| heap.note_spill_lost(error));
         }
         let back = stayed[0].is_none();
-        if back || lost.is_some() {
+        if back || dead {
             spill.drop_pages(index, 0..PAGES_PER_GRANULE);
+        } else {
+            heap.space().put_back_fate(granule, fate);
         }
         let ended = heap.space().end_move(picked, &stayed);
         if !ended.freed.is_empty() {
             source.give_back(&ended.freed);
         }
+        heap.service().lose_landed(heap, source);
         heap.note_restored(usize::from(back));
-        back || lost.is_some()
+        back || dead
     }
 
     /// Gives the file's blocks of what the program has freed back.

@@ -17,8 +17,9 @@ use crate::fork;
 use crate::headroom::headroom;
 use crate::placement::{OnExhausted, Placement};
 use crate::service::Service;
-use crate::source::ExtentSource;
-use crate::space::{GRANULE, PAGE, Space, Tier};
+use crate::sigbus;
+use crate::source::{ExtentSource, Ranges, WindowRange};
+use crate::space::{Fate, GRANULE, Owner, PAGE, Space, Tier};
 use crate::spill::{self, ReadError, SpillState};
 use crate::stats::Stats;
 use crate::sync::{Guard, Lock, Signal};
@@ -159,6 +160,7 @@ impl Heap {
         // SAFETY: the window is as `ExtentSource::window` promises.
         unsafe { self.space.open_window(addr, len) }?;
         self.service.start(self, source)?;
+        sigbus::install(self);
         self.expect_extents();
         if self.config().placement.bound_tier() == Tier::Extent {
             self.wait_for_extents(1, ANSWER_WITHIN);
@@ -484,6 +486,7 @@ impl Heap {
                 + self.extra.made().count()
                 + arena::table().count()) as u32,
             pinned: self.space.pinned_bytes(),
+            lost: self.space.lost_bytes(),
             callback_panics: callbacks().panics(),
             exhausted: self.exhausted.load(Ordering::Relaxed),
             evacuated: self.evacuated.load(Ordering::Relaxed),
@@ -507,6 +510,24 @@ impl Heap {
     /// Says for the last time what the heap holds: the process ends.
     pub fn publish(&'static self) {
         self.service.publish(self);
+    }
+
+    /// Whether what is lost of an owner reads as zeroes: somebody is told, or
+    /// nobody wants to be.
+    pub(crate) fn zeroes_lost(&self, owner: Owner) -> bool {
+        self.config().zero_lost || arena::table().hears(owner)
+    }
+
+    /// Takes what is in use off extents that are gone, and tells whose it is;
+    /// the extents that nothing maps any more. Call again until there are none.
+    pub(crate) fn lose(&self, gone: &[WindowRange]) -> Ranges {
+        self.space.lose(gone, |owner| {
+            arena::table().note_lost(owner, GRANULE as u64);
+            match self.zeroes_lost(owner) {
+                true => Fate::Zero,
+                false => Fate::Fault,
+            }
+        })
     }
 
     /// Bytes of DRAM that granules may still move to: within `dram_limit`, and

@@ -26,6 +26,7 @@ mod outcome;
 mod pin;
 pub mod placement;
 mod service;
+mod sigbus;
 pub mod source;
 pub mod space;
 mod spill;
@@ -35,7 +36,9 @@ mod thread;
 mod word;
 
 pub use allocator_api2;
-pub use arena::{Arena, ArenaBuilder, ArenaError, ArenaStats, MAX_ARENAS, MAX_NAME, Pressure};
+pub use arena::{
+    Arena, ArenaBuilder, ArenaError, ArenaStats, Lost, MAX_ARENAS, MAX_NAME, Pressure,
+};
 pub use config::Config;
 pub use global::DcMalloc;
 pub use heap::Heap;

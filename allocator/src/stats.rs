@@ -52,6 +52,9 @@ pub struct Stats {
     pub pinned: u64,
     /// Times that an allocation found the source exhausted (a count).
     pub exhausted: u64,
+    /// In granules whose content was lost so far: a device took them by force,
+    /// or they were found broken.
+    pub lost: u64,
     /// Callbacks of the program that panicked (a count).
     pub callback_panics: u64,
     /// Settings that could not be read (a count).

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::callbacks::{Pressure, Told, callbacks};
+use super::callbacks::{Kind, Lost, Pressure, Told, callbacks};
 use super::{Arena, MAX_ARENAS, MAX_NAME, table};
 use crate::heap::Heap;
 use crate::placement::{OnExhausted, Placement};
@@ -100,6 +100,16 @@ impl ArenaBuilder {
         self
     }
 
+    /// Called when content of the arena was lost: a device took its memory by
+    /// force, or found it broken. With this, what is lost reads as zeroes and
+    /// the process lives; without it, touching it raises SIGBUS (unless the
+    /// setting `on_lost` says otherwise). Runs as [`ArenaBuilder::on_pressure`]
+    /// does.
+    pub fn on_lost(mut self, callback: impl Fn(&Lost) + Send + Sync + 'static) -> Self {
+        self.settings.told.lost = Some(Arc::new(callback));
+        self
+    }
+
     /// Makes the arena.
     ///
     /// # Errors
@@ -112,8 +122,13 @@ impl ArenaBuilder {
         if !self.heap.space().has_room_for(1) {
             return Err(ArenaError::NoSpace);
         }
-        if told.pressure.is_some() {
-            callbacks().start().map_err(ArenaError::Thread)?;
+        for (kind, wanted) in [
+            (Kind::Pressure, told.pressure.is_some()),
+            (Kind::Loss, told.lost.is_some()),
+        ] {
+            if wanted {
+                callbacks().start(kind).map_err(ArenaError::Thread)?;
+            }
         }
         let slot = table().open(self.heap, self.settings)?;
         Ok(Arena { slot })

@@ -1,8 +1,9 @@
-//! Calling the program: under pressure.
+//! Calling the program: under pressure, and when something was lost.
 //!
 //! Callbacks are the program's code and data, which may lie on extents, so
-//! they run on a thread of their own. The worker leaves a note in static
-//! memory, and waits for a bounded time.
+//! they run on threads of their own: one for pressure, one for losses, since
+//! the first may block for as long as it likes. The heap's threads leave a
+//! note in static memory; for pressure the worker waits for a bounded time.
 
 use core::ffi::c_void;
 use core::ptr::null_mut;
@@ -14,7 +15,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::slot::{Slot, table};
+use super::slot::{SLOTS, Slot, table};
 use super::threads;
 use crate::heap::Heap;
 use crate::source::{Ranges, Recall};
@@ -34,13 +35,23 @@ pub struct Pressure {
     pub within: Duration,
 }
 
+/// Content of an arena was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Lost {
+    /// Bytes of granules that read as zeroes now, since the last call.
+    pub bytes: u64,
+}
+
 type OnPressure = Arc<dyn Fn(&Pressure) + Send + Sync>;
+type OnLost = Arc<dyn Fn(&Lost) + Send + Sync>;
 
 /// What the program said about an arena. Not for the heap's own threads.
 pub(crate) struct Told {
     pub(super) name: String,
     pub(super) priority: i32,
     pub(super) pressure: Option<OnPressure>,
+    pub(super) lost: Option<OnLost>,
 }
 
 impl Told {
@@ -49,6 +60,7 @@ impl Told {
             name: name.to_owned(),
             priority: 0,
             pressure: None,
+            lost: None,
         }
     }
 }
@@ -62,15 +74,26 @@ struct Ask {
     ranges: Ranges,
 }
 
-/// What the worker and the thread of callbacks share.
+/// What a thread calls the program for.
+#[derive(Clone, Copy)]
+pub(super) enum Kind {
+    Pressure,
+    Loss,
+}
+
+/// What the heap's threads and those of callbacks share.
 pub(crate) struct Callbacks {
-    /// The thread is there.
-    running: AtomicBool,
+    /// The thread is there, by [`Kind`].
+    running: [AtomicBool; 2],
+    /// It has ever been needed.
+    needed: [AtomicBool; 2],
     ask: Lock<Option<Ask>>,
     /// The thread is at work on an ask.
     busy: AtomicBool,
-    /// Raised for the thread.
-    called: Signal,
+    /// Bytes lost of each arena that its owner has not been told of.
+    lost: [AtomicU64; SLOTS],
+    /// Raised for the thread, by [`Kind`].
+    called: [Signal; 2],
     /// Raised by the thread.
     done: Signal,
     /// Callbacks that panicked.
@@ -78,10 +101,12 @@ pub(crate) struct Callbacks {
 }
 
 static CALLBACKS: Callbacks = Callbacks {
-    running: AtomicBool::new(false),
+    running: [const { AtomicBool::new(false) }; 2],
+    needed: [const { AtomicBool::new(false) }; 2],
     ask: Lock::new(None),
     busy: AtomicBool::new(false),
-    called: Signal::new(),
+    lost: [const { AtomicU64::new(0) }; SLOTS],
+    called: [const { Signal::new() }; 2],
     done: Signal::new(),
     panics: AtomicU64::new(0),
 };
@@ -91,12 +116,29 @@ pub(crate) fn callbacks() -> &'static Callbacks {
 }
 
 impl Callbacks {
-    /// Starts the thread, if it is not there. Not from inside `malloc`.
-    pub(crate) fn start(&'static self) -> Result<(), Errno> {
-        if self.running.swap(true, Ordering::AcqRel) {
+    /// Starts a thread, if it is not there. Not from inside `malloc`.
+    pub(super) fn start(&'static self, kind: Kind) -> Result<(), Errno> {
+        let running = &self.running[kind as usize];
+        if running.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        spawn(main, null_mut(), STACK).inspect_err(|_| self.running.store(false, Ordering::Release))
+        let main = match kind {
+            Kind::Pressure => press,
+            Kind::Loss => tell_losses,
+        };
+        spawn(main, null_mut(), STACK).inspect_err(|_| running.store(false, Ordering::Release))?;
+        self.needed[kind as usize].store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// In a child that gets threads: starts those that its parent had.
+    pub(crate) fn start_again(&'static self) -> Result<(), Errno> {
+        for kind in [Kind::Pressure, Kind::Loss] {
+            if self.needed[kind as usize].load(Ordering::Acquire) {
+                self.start(kind)?;
+            }
+        }
+        Ok(())
     }
 
     /// Has the program drop what it can, by priority; returns when that is
@@ -104,7 +146,8 @@ impl Callbacks {
     pub(crate) fn press(&self, heap: &'static Heap, recall: &Recall, within: Duration) {
         let until = Instant::now() + within;
         // One that blocks is not waited for twice.
-        if !self.running.load(Ordering::Acquire) || self.busy.swap(true, Ordering::AcqRel) {
+        let running = &self.running[Kind::Pressure as usize];
+        if !running.load(Ordering::Acquire) || self.busy.swap(true, Ordering::AcqRel) {
             return;
         }
         *self.ask.lock() = Some(Ask {
@@ -113,7 +156,7 @@ impl Callbacks {
             until,
             ranges: recall.ranges,
         });
-        self.called.raise();
+        self.called[Kind::Pressure as usize].raise();
         loop {
             let seen = self.done.read();
             let left = until.saturating_duration_since(Instant::now());
@@ -124,6 +167,23 @@ impl Callbacks {
         }
     }
 
+    /// Has the owner of an arena told that content of it was lost, if it wants
+    /// to hear.
+    pub(super) fn tell_lost(&self, slot: usize, bytes: u64) {
+        self.lost[slot].fetch_add(bytes, Ordering::AcqRel);
+        self.called[Kind::Loss as usize].raise();
+    }
+
+    /// Another arena has that place now.
+    pub(super) fn forget_lost(&self, slot: usize) {
+        self.lost[slot].store(0, Ordering::Relaxed);
+    }
+
+    /// Owners are told of losses.
+    pub(super) fn tells_losses(&self) -> bool {
+        self.running[Kind::Loss as usize].load(Ordering::Acquire)
+    }
+
     /// How many callbacks panicked.
     pub(crate) fn panics(&self) -> u64 {
         self.panics.load(Ordering::Relaxed)
@@ -131,7 +191,12 @@ impl Callbacks {
 
     /// In a child, which has no such thread.
     pub(crate) fn forget(&self) {
-        self.running.store(false, Ordering::Release);
+        for running in &self.running {
+            running.store(false, Ordering::Release);
+        }
+        for lost in &self.lost {
+            lost.store(0, Ordering::Relaxed);
+        }
         self.busy.store(false, Ordering::Release);
         // SAFETY: the child has one thread, and it does not hold it.
         unsafe { self.ask.force_unlock() };
@@ -168,6 +233,17 @@ impl Callbacks {
             give_back(ask.heap, slot, generation);
         }
     }
+
+    fn tell(&self, slot: &'static Slot) {
+        let bytes = self.lost[slot.index()].swap(0, Ordering::AcqRel);
+        let callback = match &*slot.told.lock() {
+            Some(told) if bytes > 0 => told.lost.clone(),
+            _ => None,
+        };
+        if let Some(callback) = callback {
+            self.run(|| callback(&Lost { bytes }));
+        }
+    }
 }
 
 /// Makes free pages what a callback freed.
@@ -178,12 +254,13 @@ fn give_back(heap: &Heap, slot: &'static Slot, generation: u32) {
     heap.purge_extents();
 }
 
-extern "C" fn main(_: *mut c_void) -> *mut c_void {
+extern "C" fn press(_: *mut c_void) -> *mut c_void {
     let _ = rustix::thread::set_name(c"dcmalloc-call");
     thread::hear_faults();
     let callbacks = callbacks();
+    let called = &callbacks.called[Kind::Pressure as usize];
     loop {
-        let seen = callbacks.called.read();
+        let seen = called.read();
         let ask = callbacks.ask.lock().take();
         if let Some(ask) = ask {
             callbacks.carry_out(&ask);
@@ -191,6 +268,18 @@ extern "C" fn main(_: *mut c_void) -> *mut c_void {
             callbacks.done.raise();
             continue;
         }
-        callbacks.called.wait(seen, Duration::from_secs(3600));
+        called.wait(seen, Duration::from_secs(3600));
+    }
+}
+
+extern "C" fn tell_losses(_: *mut c_void) -> *mut c_void {
+    let _ = rustix::thread::set_name(c"dcmalloc-lost");
+    thread::hear_faults();
+    let callbacks = callbacks();
+    let called = &callbacks.called[Kind::Loss as usize];
+    loop {
+        let seen = called.read();
+        table().open_slots().for_each(|slot| callbacks.tell(slot));
+        called.wait(seen, Duration::from_secs(3600));
     }
 }

@@ -25,8 +25,8 @@ use crate::heap::Heap;
 use slot::Slot;
 
 pub use builder::{ArenaBuilder, ArenaError};
-pub use callbacks::Pressure;
 pub(crate) use callbacks::callbacks;
+pub use callbacks::{Lost, Pressure};
 pub(crate) use slot::table;
 
 /// The longest name of an arena, in bytes.
@@ -42,7 +42,8 @@ pub const MAX_ARENAS: usize = slot::SLOTS;
 /// Usable wherever `allocator_api2` is: its `Vec` and `Box`, hashbrown's maps.
 ///
 /// Where allocations of an arena go is what its placement says, whatever their
-/// alignment: the heap's rule for direct I/O does not hold here.
+/// alignment: the heap's rule for direct I/O does not hold here, since an arena
+/// can [pin](Heap::pin) what a device writes to.
 pub struct Arena {
     slot: &'static Slot,
 }
@@ -59,6 +60,8 @@ pub struct ArenaStats {
     pub limit: Option<u64>,
     /// How often the limit refused something.
     pub over_limit: u64,
+    /// Bytes of granules whose content was lost and reads as zeroes.
+    pub lost: u64,
 }
 
 impl Arena {
@@ -143,7 +146,14 @@ impl Arena {
             pages: account.taken(),
             limit: account.limit(),
             over_limit: account.refused(),
+            lost: self.slot.lost_bytes(),
         }
+    }
+
+    /// Whether some of its content was lost: a device took its memory by
+    /// force, and the granules read as zeroes. It stays so.
+    pub fn is_lost(&self) -> bool {
+        self.slot.lost_bytes() > 0
     }
 
     /// A number that no other arena of this process has, ever.

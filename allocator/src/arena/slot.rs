@@ -1,10 +1,10 @@
 //! The table of arenas: static memory, since the heap's own threads read it.
 
-use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::OnceLock;
 
 use super::builder::{ArenaError, Settings};
-use super::callbacks::Told;
+use super::callbacks::{Told, callbacks};
 use super::threads::{self, Tables};
 use crate::engine::{self, Account, ArenaIndex, Hooks};
 use crate::heap::Heap;
@@ -29,6 +29,10 @@ pub(crate) struct Slot {
     engines: [AtomicU32; 2],
     /// Requests below this many bytes go to DRAM.
     threshold: AtomicUsize,
+    /// Bytes of granules whose content was lost.
+    lost: AtomicU64,
+    /// Its owner wants to hear of losses.
+    hears: AtomicBool,
     pub(super) told: Lock<Option<Told>>,
 }
 
@@ -42,6 +46,8 @@ impl Slot {
             account: Account::new(),
             engines: [const { AtomicU32::new(0) }; 2],
             threshold: AtomicUsize::new(0),
+            lost: AtomicU64::new(0),
+            hears: AtomicBool::new(false),
             told: Lock::new(None),
         }
     }
@@ -82,6 +88,10 @@ impl Slot {
         self.engines.iter().filter_map(made)
     }
 
+    pub(super) fn lost_bytes(&self) -> u64 {
+        self.lost.load(Ordering::Acquire)
+    }
+
     pub(super) fn name(&self) -> String {
         let told = self.told.lock();
         told.as_ref()
@@ -111,6 +121,10 @@ impl Slot {
         };
         self.account.open(settings.limit, settings.on_exhausted);
         self.threshold.store(threshold, Ordering::Relaxed);
+        self.lost.store(0, Ordering::Relaxed);
+        callbacks().forget_lost(self.index());
+        let hears = settings.told.lost.is_some();
+        self.hears.store(hears, Ordering::Relaxed);
         for tier in tiers {
             let Some(arena) = ArenaIndex::create(&hooks[*tier as usize], heap.decay_ms(*tier))
             else {
@@ -208,6 +222,22 @@ impl Table {
             {
                 f(arena);
             }
+        }
+    }
+
+    /// Whether an arena's owner wants to hear of losses, and can be told.
+    pub(crate) fn hears(&self, owner: Owner) -> bool {
+        owner
+            .slot()
+            .is_some_and(|slot| self.slots[slot].hears.load(Ordering::Relaxed))
+            && callbacks().tells_losses()
+    }
+
+    /// Marks an arena as lost and has its owner told. In static memory only.
+    pub(crate) fn note_lost(&self, owner: Owner, bytes: u64) {
+        if let Some(slot) = owner.slot() {
+            self.slots[slot].lost.fetch_add(bytes, Ordering::AcqRel);
+            callbacks().tell_lost(slot, bytes);
         }
     }
 

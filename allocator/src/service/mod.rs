@@ -7,6 +7,7 @@
 
 mod answering;
 mod asking;
+mod losing;
 mod standing;
 mod threads;
 
@@ -16,7 +17,7 @@ use rustix::io::Errno;
 
 use crate::evacuation::Evacuator;
 use crate::heap::Heap;
-use crate::source::{ExtentSource, Recall};
+use crate::source::{ExtentSource, Ranges, Recall};
 use crate::stats::{Stalls, Stats};
 use crate::sync::{Lock, Signal};
 
@@ -40,6 +41,8 @@ pub(crate) struct Service {
     /// A request is on its way to the source.
     asked: AtomicBool,
     recalls: Lock<[Option<Recall>; RECALLS]>,
+    /// Extents that are gone, which what moves may arrive on yet.
+    landing: Lock<[Option<Ranges>; RECALLS]>,
     /// Somebody waits for all that is unused to be given back.
     trim: AtomicBool,
     grants: AtomicU64,
@@ -73,6 +76,7 @@ impl Service {
             plenty: AtomicBool::new(false),
             asked: AtomicBool::new(false),
             recalls: Lock::new([None; RECALLS]),
+            landing: Lock::new([None; RECALLS]),
             trim: AtomicBool::new(false),
             grants: AtomicU64::new(0),
             returned: AtomicU64::new(0),
@@ -133,6 +137,7 @@ impl Service {
         unsafe {
             self.source.force_unlock();
             self.recalls.force_unlock();
+            self.landing.force_unlock();
             self.stalls.force_unlock();
             self.evacuator.force_unlock();
         }
@@ -140,6 +145,7 @@ impl Service {
         core::mem::forget(self.evacuator.lock().take());
         *self.source.lock() = None;
         *self.recalls.lock() = [None; RECALLS];
+        *self.landing.lock() = [None; RECALLS];
         *self.stalls.lock() = Stalls::NONE;
         for counter in self.recalled.iter().chain([&self.grants, &self.returned]) {
             counter.store(0, Ordering::Relaxed);

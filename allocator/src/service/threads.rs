@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
 
 use super::{TICK, TICK_QUIET};
+use crate::arena::callbacks;
 use crate::evacuation::Evacuator;
 use crate::heap::Heap;
 use crate::source::{Event, ExtentSource};
@@ -75,6 +76,8 @@ pub(super) extern "C" fn newborn(heap: *mut c_void) -> *mut c_void {
         service.running.store(true, Ordering::Release);
         service.alive.store(true, Ordering::Release);
     }
+    // Where they can't be told of losses, nothing becomes zeroes.
+    let _ = callbacks().start_again();
     if spawn(listener, heap).is_err() || (spills && spawn(restorer, heap).is_err()) {
         service.closed(heap);
     } else {
@@ -97,6 +100,10 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
         }
         if service.plenty.swap(false, Ordering::AcqRel) {
             restraint = 0;
+        }
+        {
+            let _nothing_moves = service.evacuator.lock();
+            service.lose_landed(heap, source);
         }
         while let Some(recall) = service.take_recall() {
             // What threads lacked may be met by now; who still waits says so.
@@ -207,8 +214,8 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
                 }
                 heap.wanted().raise();
             }
-            // Whoever touches them finds out as the kernel has it.
-            Event::Lost(_) | Event::Timeout => {}
+            Event::Lost(ranges) => service.lose(heap, source, &ranges),
+            Event::Timeout => {}
             Event::Disconnected => service.away(heap),
             Event::Closed => service.closed(heap),
         }

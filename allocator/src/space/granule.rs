@@ -1,6 +1,7 @@
 //! What the allocator knows of one granule.
 #![forbid(unsafe_code)]
 
+use super::losing::Fate;
 use super::pagemap::PageMap;
 use crate::source::Refusal;
 
@@ -120,6 +121,8 @@ pub(super) struct Granule {
     pub(super) by_choice: bool,
     /// How many pins keep it where it is.
     pub(super) pins: u16,
+    /// Its content was lost while it was on the move, and it is to become this.
+    pub(super) fate: Option<Fate>,
     /// When it became empty, in ticks of the service; for its return.
     pub(super) idle_since: u32,
 }
@@ -135,6 +138,7 @@ impl Granule {
         refused: None,
         by_choice: false,
         pins: 0,
+        fate: None,
         idle_since: 0,
     };
 

@@ -4,9 +4,10 @@
 
 use core::ffi::c_void;
 use core::ptr::null_mut;
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags};
-use rustix::mm::{madvise, mmap_anonymous, mremap_fixed, munmap};
+use rustix::mm::{madvise, mmap, mmap_anonymous, mremap_fixed, munmap};
 
 /// Reserves `len` bytes of addresses aligned to `align`; nothing may touch
 /// them until a granule is backed.
@@ -63,6 +64,15 @@ pub(super) unsafe fn back_with_window(at: usize, alias: usize, len: usize) -> Re
     // SAFETY: the caller owns the target addresses, and an old size of 0
     // leaves the source mapping as it is.
     unsafe { mremap_fixed(alias as *mut c_void, 0, len, flags, at as *mut c_void) }.map(drop)
+}
+
+/// A shared mapping of `len` bytes that whoever touches gets SIGBUS for, and the
+/// kernel EFAULT: its file ends before it (mmap(2)). For [`back_with_window`].
+pub(super) fn dead(len: usize) -> Result<usize, Errno> {
+    let empty = memfd_create(c"dcmalloc-lost", MemfdFlags::CLOEXEC)?;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    unsafe { mmap(null_mut(), len, prot, MapFlags::SHARED, empty, 0) }.map(|at| at as usize)
 }
 
 /// Makes `len` bytes at `at` a bare reservation again, whatever was there.

@@ -16,6 +16,7 @@
 
 mod backing;
 mod granule;
+mod losing;
 mod map;
 mod moving;
 mod pagemap;
@@ -26,11 +27,12 @@ mod spilled;
 mod table;
 
 use core::sync::atomic::{
-    AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicUsize, Ordering,
+    AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
 use rustix::io::Errno;
 
 pub use granule::{Backing, Domain, GRANULE, Owner, PAGE, PAGES_PER_GRANULE, Tier};
+pub(crate) use losing::Fate;
 pub use map::keep_private;
 pub(crate) use map::table as map_table;
 pub use moving::{Ended, Leaving, Move};
@@ -130,6 +132,8 @@ pub struct Space {
     low: AtomicU8,
     /// Pins of another epoch are void.
     pin_epoch: AtomicU32,
+    /// Bytes of granules whose content was lost to a device.
+    lost: AtomicU64,
     /// For [`Space::owner_of`], written once.
     owners: AtomicPtr<AtomicU16>,
     base: AtomicUsize,
@@ -161,6 +165,7 @@ impl Space {
             dram_when_exhausted: AtomicBool::new(true),
             low: AtomicU8::new(FINE),
             pin_epoch: AtomicU32::new(0),
+            lost: AtomicU64::new(0),
             owners: AtomicPtr::new(core::ptr::null_mut()),
             base: AtomicUsize::new(0),
             granules: AtomicUsize::new(0),
@@ -213,6 +218,9 @@ impl Space {
             // SAFETY: a new table of the size that the pool asks for.
             unsafe { state.pool.open(table, granules) };
         }
+        if state.dead == 0 {
+            state.dead = map::dead(GRANULE)?;
+        }
         state.window = addr;
         state.window_len = len;
         Ok(())
@@ -259,15 +267,27 @@ impl Space {
     /// or nothing is there.
     #[inline]
     pub fn owner_of(&self, addr: usize) -> Option<Owner> {
+        Owner::from_entry(self.entry_of(addr) & !table::LOST)
+    }
+
+    /// Whether the content of the granule that `addr` lies in was lost, and
+    /// touching it faults; without a lock.
+    pub(crate) fn is_lost(&self, addr: usize) -> bool {
+        self.entry_of(addr) & table::LOST != 0
+    }
+
+    /// The entry of `addr` in the table of owners; 0: nothing is there.
+    #[inline]
+    fn entry_of(&self, addr: usize) -> u16 {
         let granules = self.granules.load(Ordering::Acquire);
         let index = addr.wrapping_sub(self.base.load(Ordering::Relaxed)) / GRANULE;
         if index >= granules {
-            return None;
+            return 0;
         }
         // SAFETY: `open` stored a table of `granules` entries before it stored
         // how many, and it stays.
         let entry = unsafe { &*self.owners.load(Ordering::Relaxed).add(index) };
-        Owner::from_entry(entry.load(Ordering::Relaxed))
+        entry.load(Ordering::Relaxed)
     }
 
     /// What backs the granule that `addr` lies in.
@@ -513,6 +533,7 @@ impl Space {
         let mut state = self.state.lock();
         while state.pool.take().is_some() {}
         self.unpin_all(&mut state);
+        self.lost.store(0, Ordering::Relaxed);
         let mut index = 0;
         while let Some(run) = state.next_extents(index) {
             index = run.end;

@@ -200,11 +200,9 @@ impl Space {
                     _ => result.to_dram += 1,
                 }
             }
-            if let Some(offset) = state.arrive(&ended, i, *stayed) {
-                result.freed.push(WindowRange {
-                    offset,
-                    len: GRANULE as u64,
-                });
+            for offset in state.arrive(&ended, i, *stayed).into_iter().flatten() {
+                let len = GRANULE as u64;
+                result.freed.push(WindowRange { offset, len });
             }
         }
         result
@@ -284,8 +282,8 @@ impl State {
         self.set_gap(index);
     }
 
-    /// Books granule `i` of a move as where it is now; what it freed.
-    fn arrive(&mut self, ended: &Move, i: usize, stayed: Option<Refusal>) -> Option<u64> {
+    /// Books granule `i` of a move as where it is now; the extents it freed.
+    fn arrive(&mut self, ended: &Move, i: usize, stayed: Option<Refusal>) -> [Option<u64>; 2] {
         let (index, at) = (ended.index + i, ended.addr + i * GRANULE);
         let moved = stayed.is_none();
         let (now, other) = if moved {
@@ -295,7 +293,7 @@ impl State {
         };
         if self.granule(index).backing == Backing::Lost {
             // Its content did not come back; what was to take it is unused.
-            return self.unneeded(other);
+            return [self.unneeded(other), None];
         }
         let granule = self.granule_mut(index);
         granule.in_flight = now == Backing::Spilled;
@@ -310,17 +308,23 @@ impl State {
         self.count_out(ended.from[i], live);
         self.count_in(now, live);
         if live == 0 {
+            self.granule_mut(index).fate = None;
             self.emptied_in_flight(index, at);
         }
         self.usage.note_peaks();
         self.set_gap(index);
+        let fate = self.granule(index).fate;
+        let lost = match fate.filter(|_| now != Backing::Spilled) {
+            Some(fate) => self.lose_at(index, fate),
+            None => None,
+        };
         // The one that it left, or the one it was meant for: that may hold
         // copied bytes, and only its lender makes it zeroes again.
-        self.unneeded(other)
+        [self.unneeded(other), lost]
     }
 
     /// Books a backing as nobody's; its extent is to be given back.
-    fn unneeded(&mut self, backing: Backing) -> Option<u64> {
+    pub(super) fn unneeded(&mut self, backing: Backing) -> Option<u64> {
         let Backing::Extent(offset) = backing else {
             return None;
         };
@@ -328,7 +332,7 @@ impl State {
         Some(offset)
     }
 
-    fn count_out(&mut self, backing: Backing, live: u64) {
+    pub(super) fn count_out(&mut self, backing: Backing, live: u64) {
         let usage = &mut self.usage;
         match backing {
             Backing::Extent(_) => usage.extent_live -= live,
@@ -344,7 +348,7 @@ impl State {
         }
     }
 
-    fn count_in(&mut self, backing: Backing, live: u64) {
+    pub(super) fn count_in(&mut self, backing: Backing, live: u64) {
         let usage = &mut self.usage;
         match backing {
             Backing::Extent(_) => usage.extent_live += live,

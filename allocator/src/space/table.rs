@@ -8,6 +8,8 @@ use super::granule::{
 use super::pool::Pool;
 use super::{Run, Usage};
 
+/// In an entry of the table of owners: what is there is lost.
+pub(super) const LOST: u16 = 1 << 15;
 /// Free runs of 1, 2, 4 … 512 pages have a hint each.
 const HINTS: usize = 10;
 
@@ -33,6 +35,8 @@ pub(super) struct State {
     pub(super) high: usize,
     pub(super) window: usize,
     pub(super) window_len: usize,
+    /// A granule of a shared mapping that faults; 0: none yet.
+    pub(super) dead: usize,
     pub(super) pool: Pool,
     pub(super) usage: Usage,
     /// Every `dram_every`-th new granule of the extent tier is DRAM by choice
@@ -73,6 +77,7 @@ impl State {
         high: 0,
         window: 0,
         window_len: 0,
+        dead: 0,
         pool: Pool::NEW,
         usage: Usage::NEW,
         dram_every: 0,
@@ -163,6 +168,7 @@ impl State {
         }
         let owner = match granule.backing {
             Backing::None => 0,
+            Backing::Lost => granule.owner.to_entry() | LOST,
             _ => granule.owner.to_entry(),
         };
         // SAFETY: as above.

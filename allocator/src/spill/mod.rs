@@ -12,10 +12,10 @@ use core::ops::Range;
 use core::ptr::null_mut;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags};
-use rustix::fs::{fallocate, memfd_create, open, unlink};
+use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::fs::{fallocate, open, unlink};
 use rustix::io::{Errno, pread, pwrite};
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::space::rebind::LivePages;
@@ -64,9 +64,6 @@ pub(crate) struct Spill {
     /// A checksum for each page of each granule of the space.
     sums: *mut u32,
     granules: usize,
-    /// A granule of a shared mapping beyond the end of its file: whoever
-    /// touches it gets SIGBUS, the kernel EFAULT.
-    dead: usize,
 }
 
 impl Spill {
@@ -77,26 +74,17 @@ impl Spill {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let sums = unsafe { mmap_anonymous(null_mut(), len, access, flags) }?.cast();
-        let empty = memfd_create(c"dcmalloc-lost", MemfdFlags::CLOEXEC)?;
-        // SAFETY: as above.
-        let dead = unsafe { mmap(null_mut(), GRANULE, access, MapFlags::SHARED, empty, 0) }?;
         Ok(Self {
             file: unnamed(dir)?,
             ring: Ring::new().ok(),
             sums,
             granules,
-            dead: dead as usize,
         })
     }
 
     /// Whether several writes are under way at a time.
     pub(crate) fn has_ring(&self) -> bool {
         self.ring.is_some()
-    }
-
-    /// A granule of a shared mapping that raises SIGBUS when touched.
-    pub(crate) fn dead(&self) -> usize {
-        self.dead
     }
 
     /// Writes what is live of granules: their index, where the content is, and

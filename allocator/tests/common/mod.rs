@@ -23,6 +23,8 @@ struct State {
     closed: bool,
     /// Not granted while they are in here.
     withheld: Vec<WindowRange>,
+    /// Taken by force, and not given back yet.
+    gone: BTreeSet<u64>,
 }
 
 impl State {
@@ -169,6 +171,30 @@ impl MemfdSource {
         ranges
     }
 
+    /// Takes the granules of some ranges that are lent, by force; says which.
+    pub(crate) fn take_by_force(&self, ranges: &[WindowRange]) -> Ranges {
+        let mut guard = self.state.lock().unwrap();
+        let state = &mut *guard;
+        let mut gone = Ranges::EMPTY;
+        let granules = ranges
+            .iter()
+            .flat_map(|r| (r.offset..r.offset + r.len).step_by(GRANULE));
+        for offset in granules.filter(|offset| !state.free.contains(offset)) {
+            let len = GRANULE as u64;
+            if gone.push(WindowRange { offset, len }) {
+                state.gone.insert(offset);
+            }
+        }
+        state.events.push_back(Event::Lost(gone));
+        self.changed.notify_all();
+        gone
+    }
+
+    /// Granules that were taken by force and not let go of yet.
+    pub(crate) fn gone_granules(&self) -> usize {
+        self.state.lock().unwrap().gone.len()
+    }
+
     /// Granules of some ranges that are lent.
     pub(crate) fn lent_of(&self, ranges: &Ranges) -> usize {
         let state = self.state.lock().unwrap();
@@ -281,6 +307,8 @@ impl ExtentSource for MemfdSource {
         for range in ranges.as_slice() {
             for step in 0..range.len / GRANULE as u64 {
                 let offset = range.offset + step * GRANULE as u64;
+                // What was taken by force is offered anew at once.
+                state.gone.remove(&offset);
                 assert!(
                     state.free.insert(offset),
                     "granule {offset:#x} given back twice"
