@@ -96,6 +96,9 @@ pub struct Recall {
     pub ranges: Ranges,
     /// At the deadline the work goes on, instead of ending.
     pub past_deadline: bool,
+    /// What is live stays, and is not refused: just what is unused is wanted,
+    /// and what the program drops when it is asked to.
+    pub unused_only: bool,
 }
 
 /// What a source tells the allocator.

@@ -237,6 +237,7 @@ impl ExtentSource for BrokerSource {
                 deadline,
                 ranges,
                 past_deadline,
+                unused,
                 ..
             })) => Event::Recall(Recall {
                 id,
@@ -244,6 +245,7 @@ impl ExtentSource for BrokerSource {
                 deadline,
                 ranges: from_wire(ranges.as_slice()),
                 past_deadline,
+                unused_only: unused,
             }),
             Err(_) if self.apart.load(Ordering::Acquire) => self.rejoin.lost(),
             // The socket's number may be the program's by now.

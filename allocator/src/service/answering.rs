@@ -66,6 +66,9 @@ impl Service {
             callbacks().press(heap, &rest(&out), half);
             out.dropped = give_back(&out);
         }
+        if recall.unused_only {
+            return out;
+        }
         let mut stopped = Some(Refusal::CannotMove);
         if rest(&out).bytes > 0
             && let Some(evacuator) = self.evacuator.lock().as_mut()

@@ -19,6 +19,7 @@ const NOTHING: Recall = Recall {
     deadline: TICK,
     ranges: Ranges::EMPTY,
     past_deadline: false,
+    unused_only: false,
 };
 
 impl Service {

@@ -216,6 +216,7 @@ impl MemfdSource {
             deadline: Duration::ZERO,
             ranges: Ranges::EMPTY,
             past_deadline: true,
+            unused_only: false,
         }));
         let end = Instant::now() + PATIENCE;
         loop {
@@ -249,6 +250,7 @@ impl MemfdSource {
             deadline,
             ranges,
             past_deadline: false,
+            unused_only: false,
         }));
         let mut state = self.state.lock().unwrap();
         loop {

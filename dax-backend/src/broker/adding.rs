@@ -22,7 +22,8 @@ pub(super) const OFFER_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct PendingAdd {
     ticket: u64,
-    requester: ConnectionId,
+    /// `None`: the capacity policy.
+    requester: Option<ConnectionId>,
     requested: Instant,
     /// `None`: the orchestrator has not answered.
     offered: Option<Vec<DpaRange>>,
@@ -69,7 +70,7 @@ impl Broker {
             Some(fabric) => {
                 self.adds.push(PendingAdd {
                     ticket: fabric.add(sizes, tag),
-                    requester,
+                    requester: Some(requester),
                     requested: now,
                     offered: None,
                     added: Added::default(),
@@ -81,6 +82,19 @@ impl Broker {
         self.reply(requester, &AdminReply::Error { message }, now);
     }
 
+    /// Asks the orchestrator for an extent, for the capacity policy.
+    pub(super) fn ask_for_more(&mut self, bytes: u64, now: Instant) {
+        if let Some(fabric) = &mut self.fabric {
+            self.adds.push(PendingAdd {
+                ticket: fabric.add(vec![bytes], ExtentTag::NULL),
+                requester: None,
+                requested: now,
+                offered: None,
+                added: Added::default(),
+            });
+        }
+    }
+
     /// Takes what the orchestrator has answered.
     pub(super) fn take_answers(&mut self, now: Instant) {
         let answers = self.fabric.as_ref().map(FabricThread::answers);
@@ -90,12 +104,18 @@ impl Broker {
                 Ok(extents) => self.offered(answer.ticket, &extents),
                 Err(message) => {
                     let adds = self.adds.extract_if(.., |add| add.ticket == answer.ticket);
-                    let mut refused: Vec<ConnectionId> = adds.map(|add| add.requester).collect();
+                    let mut refused: Vec<_> = adds.map(|add| add.requester).collect();
                     let forces = self.forces.extract_if(.., |f| f.ticket == answer.ticket);
-                    refused.extend(forces.map(|force| force.requester));
+                    refused.extend(forces.map(|force| Some(force.requester)));
                     for requester in refused {
                         let message = message.clone();
-                        self.reply(requester, &AdminReply::Error { message }, now);
+                        match requester {
+                            Some(id) => self.reply(id, &AdminReply::Error { message }, now),
+                            None => {
+                                tracing::warn!(message, "the orchestrator adds nothing");
+                                self.policy.refused(message);
+                            }
+                        }
                     }
                 }
             }
@@ -226,6 +246,11 @@ impl Broker {
                 .max(Instant::now())
                 .saturating_duration_since(add.requested);
             add.added.duration_us = spent.as_micros() as u64;
+            let Some(requester) = add.requester else {
+                let accepted = add.added.accepted.iter().map(|span| span.len);
+                self.policy.added(accepted.sum());
+                continue;
+            };
             let reply = match add.offered {
                 Some(_) => AdminReply::Added(add.added),
                 None => AdminReply::Error {
@@ -234,7 +259,7 @@ impl Broker {
                         .into(),
                 },
             };
-            self.reply(add.requester, &reply, now);
+            self.reply(requester, &reply, now);
         }
         if self.adds.iter().all(|add| add.offered.is_some()) {
             self.outcomes.clear();

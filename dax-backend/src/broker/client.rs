@@ -22,8 +22,8 @@ use super::outcome::RecallOutcome;
 use super::peer::Peer;
 use super::protocol::{
     GRANT_EXHAUSTED, GRANT_LAST, GRANULE, HELD_LAST, Kind, MAX_RANGES, Message, RECALL_LOST,
-    RECALL_PAST_DEADLINE, Ranges, RefusalReason, RefusedCode, Role, WELCOME_USERFAULTFD,
-    WindowRange,
+    RECALL_PAST_DEADLINE, RECALL_UNUSED, Ranges, RefusalReason, RefusedCode, Role,
+    WELCOME_USERFAULTFD, WindowRange,
 };
 use super::socket::{Descriptors, SocketError, readable, receive_message, send_message};
 
@@ -134,6 +134,8 @@ pub enum FromBroker {
         lost: bool,
         /// At the deadline the client answers and goes on.
         past_deadline: bool,
+        /// Just what is not used, or what the program drops; nothing is refused.
+        unused: bool,
     },
     /// Asking for a lease is worth while again.
     CapacityAvailable,
@@ -319,6 +321,7 @@ impl BrokerClient {
                 ranges: message.ranges(),
                 lost: flags & RECALL_LOST != 0,
                 past_deadline: flags & RECALL_PAST_DEADLINE != 0,
+                unused: flags & RECALL_UNUSED != 0,
             },
             Some(Kind::CapacityAvailable) => FromBroker::CapacityAvailable,
             _ => return Err(ClientError::Unexpected),

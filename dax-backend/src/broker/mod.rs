@@ -11,6 +11,8 @@
 //!   events, `report` the operator.
 //! - `driving` has the device on a thread of its own and `fabric` the
 //!   orchestrator, so that nobody waits for either; `helper` is their queues.
+//! - [`policy`] says when more capacity is wanted and when there is too much,
+//!   `keeping` sees to it.
 //! - `recall` asks for memory back, `handover` gives it to the device,
 //!   `refusal` says who kept what; `forced` is when nobody was asked.
 //! - [`store`] and `ledger` are what outlives this process, `rejoin` how clients
@@ -30,6 +32,7 @@ mod fabric;
 mod forced;
 mod handover;
 mod helper;
+mod keeping;
 mod lease;
 mod ledger;
 pub mod listener;
@@ -39,6 +42,7 @@ mod mapping;
 pub mod outcome;
 mod outgoing;
 pub mod peer;
+pub mod policy;
 pub mod protocol;
 mod reason;
 mod recall;
@@ -59,6 +63,7 @@ pub use client::{BrokerClient, ClientError, ConnectError, FromBroker, Welcome};
 pub use client_page::{ClientPage, ClientPageMapping, ClientStats};
 pub use listener::{ListenError, Listener};
 pub use outcome::{RecallOutcome, StallTimes};
+pub use policy::{CapacityPolicy, PolicyError};
 pub use protocol::{GRANULE, Ranges, RefusalReason, WindowRange};
 pub use receipt::Receipt;
 pub use scrub::Window;

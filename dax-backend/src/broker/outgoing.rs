@@ -100,6 +100,12 @@ impl LeaseTable {
         self.unmark(ranges);
     }
 
+    /// Bytes that are free, wiped or not, and not marked.
+    pub(super) fn available_bytes(&self) -> u64 {
+        let all = 0..self.slots.len();
+        all.filter(|index| self.is_available(*index)).count() as u64 * GRANULE
+    }
+
     /// Bytes that are marked.
     pub(super) fn marked_bytes(&self) -> u64 {
         self.outgoing.iter().filter(|marked| **marked).count() as u64 * GRANULE

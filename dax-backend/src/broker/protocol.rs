@@ -39,6 +39,10 @@ pub const RECALL_LOST: u32 = 1 << 0;
 /// [`Kind::Recall`]: at the deadline the client answers and goes on.
 pub const RECALL_PAST_DEADLINE: u32 = 1 << 1;
 
+/// [`Kind::Recall`]: just what the client does not use, or what its program drops; nothing
+/// live is moved, and nothing refused. The broker keeps it, for others.
+pub const RECALL_UNUSED: u32 = 1 << 2;
+
 /// What a message says. Broker to client has the top bit of the low byte set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]

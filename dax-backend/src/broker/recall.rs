@@ -63,12 +63,18 @@ pub(super) struct Recalls {
     queue: VecDeque<RecallRequest>,
     pub(super) receipts: VecDeque<Receipt>,
     pub(super) recalls: u64,
-    pub(super) messages: u64,
+    messages: u64,
     /// Something marked may have become free.
     returned: bool,
 }
 
 impl Recalls {
+    /// An id for a message to a client.
+    pub(super) fn next_message(&mut self) -> u64 {
+        self.messages += 1;
+        self.messages
+    }
+
     /// When the recall under way must end.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.active.as_ref().map(|recall| recall.deadline)
@@ -470,8 +476,7 @@ impl Broker {
             "client asked"
         );
         let connection = to.connection;
-        self.recalls.messages += 1;
-        let id = self.recalls.messages;
+        let id = self.recalls.next_message();
         // Some of the time is the broker's, to release what comes back.
         let patience = recall.deadline.saturating_duration_since(now).mul_f32(0.9);
         let message = Message::new(Kind::Recall)
@@ -607,8 +612,11 @@ impl Broker {
     fn finish(&mut self, mut recall: ActiveRecall, now: Instant) {
         recall.receipt.refused = self.refusals(&recall);
         // What the device asked for stays marked: it goes once it is free.
-        if recall.receipt.origin == Origin::Operator {
+        if recall.receipt.origin != Origin::Device {
             self.table.unmark(&recall.marked);
+        }
+        if recall.receipt.origin == Origin::Policy {
+            self.policy.status.given_back_bytes += recall.receipt.returned;
         }
         self.file_receipt(recall.receipt_now(now), recall.requester, now);
     }

@@ -63,6 +63,8 @@ pub enum Origin {
     Device,
     /// A Forced Capacity Release event: nobody was asked.
     Forced,
+    /// More was free than the broker's capacity policy keeps.
+    Policy,
 }
 
 impl fmt::Display for Origin {
@@ -71,6 +73,7 @@ impl fmt::Display for Origin {
             Self::Operator => "the operator",
             Self::Device => "the device",
             Self::Forced => "force",
+            Self::Policy => "the capacity policy",
         })
     }
 }

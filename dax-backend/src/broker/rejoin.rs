@@ -113,9 +113,8 @@ impl Broker {
         };
         let connection = client.connection;
         for chunk in ranges.chunks(MAX_RANGES) {
-            self.recalls.messages += 1;
             let message = Message::new(Kind::Recall)
-                .with_id(self.recalls.messages)
+                .with_id(self.recalls.next_message())
                 .with_arg(0, chunk.iter().map(|range| range.len).sum())
                 .with_flags(RECALL_LOST)
                 .with_ranges(chunk);

@@ -21,6 +21,7 @@ use super::handover::Leaving;
 use super::lease::{ClientId, LeaseTable, Synced};
 use super::ledger::Ledger;
 use super::listener::Listener;
+use super::policy::{CapacityPolicy, Policy};
 use super::protocol::GRANULE;
 use super::recall::Recalls;
 use super::report::Runs;
@@ -65,6 +66,8 @@ pub struct BrokerConfig {
     pub recall_deadline: Duration,
     /// Free memory to keep ready as huge pages, in bytes; 0: none.
     pub warm_reserve: u64,
+    /// How much free capacity to keep; `None`: what there is.
+    pub policy: Option<CapacityPolicy>,
     /// How many brokers over the same device have died before this one.
     pub restarts: u64,
 }
@@ -75,6 +78,7 @@ impl Default for BrokerConfig {
             admit: Admit::Owner,
             recall_deadline: Duration::from_secs(2),
             warm_reserve: 128 << 20,
+            policy: None,
             restarts: 0,
         }
     }
@@ -93,6 +97,11 @@ pub struct Broker {
     pub(super) recalls: Recalls,
     pub(super) adds: Vec<PendingAdd>,
     pub(super) forces: Vec<PendingForce>,
+    pub(super) policy: Policy,
+    /// Bytes that clients asked for and did not get, since the policy looked.
+    pub(super) short: u64,
+    /// When the policy looks again.
+    pub(super) look_again: Instant,
     /// What became of offers that the orchestrator has not told of yet.
     pub(super) outcomes: Vec<Outcome>,
     /// With the device at the moment.
@@ -170,6 +179,9 @@ impl Broker {
             recalls: Recalls::default(),
             adds: Vec::new(),
             forces: Vec::new(),
+            policy: Policy::new(config.policy),
+            short: 0,
+            look_again: now,
             outcomes: Vec::new(),
             leaving: None,
             stranded: Vec::new(),
@@ -234,6 +246,7 @@ impl Broker {
         self.take_reports(now);
         self.wipe();
         self.grant_leases();
+        self.keep_marks(now);
         self.probe_clients(now);
         self.advance_recalls(now);
         self.expire_adds(now);

@@ -101,6 +101,12 @@ impl Client {
         }
     }
 
+    /// Bytes that it holds and, by its own account, nothing uses.
+    pub(super) fn unused(&self) -> u64 {
+        let live = self.liveness.stats().extent_live_bytes;
+        self.leased.saturating_sub(live)
+    }
+
     pub(super) fn run(&self) -> Option<Uuid> {
         self.run
     }
@@ -333,7 +339,8 @@ impl Broker {
                 missing = wanted,
                 "extents ran out"
             );
-            self.ran_short();
+            self.counters.exhausted += 1;
+            self.short += wanted;
         }
         let mut chunks: Vec<&[WindowRange]> = granted.chunks(MAX_RANGES).collect();
         if chunks.is_empty() && last {
@@ -353,12 +360,6 @@ impl Broker {
             self.post(connection, message);
         }
         last
-    }
-
-    /// A request could not be filled. This is where a capacity policy would ask
-    /// the orchestrator; until there is one, the operator sees the count.
-    fn ran_short(&mut self) {
-        self.counters.exhausted += 1;
     }
 
     fn announce_capacity(&mut self) {

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::client_page::{ClientStats, STALL_BUCKETS};
 use super::map::MapRun;
+use super::policy::PolicyStatus;
 use super::receipt::{DpaSpan, Origin, Receipt};
 use crate::capacity::DeviceCounters;
 
@@ -40,6 +41,9 @@ pub struct Status {
     pub total: RunTotal,
     /// Counts since the broker started.
     pub counters: BrokerCounters,
+    /// What the capacity policy is, and has done.
+    #[serde(default)]
+    pub policy: PolicyStatus,
     /// The recall under way.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub recall: Option<RecallStatus>,

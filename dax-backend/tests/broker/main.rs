@@ -4,6 +4,7 @@ mod admission;
 mod capacity;
 mod evacuations;
 mod leases;
+mod marks;
 mod process;
 mod recalls;
 mod receipts;

@@ -17,8 +17,8 @@ use dax_backend::broker::admin::{
 use dax_backend::broker::receipt::{DpaSpan, HexDpa};
 use dax_backend::broker::status::Status;
 use dax_backend::broker::{
-    Admit, Broker, BrokerClient, BrokerConfig, FromBroker, GRANULE, Listener, Notice, Ranges,
-    Receipt, Stop, Store, StoreSocket, Welcome, Window, WindowRange,
+    Admit, Broker, BrokerClient, BrokerConfig, CapacityPolicy, FromBroker, GRANULE, Listener,
+    Notice, Ranges, Receipt, Stop, Store, StoreSocket, Welcome, Window, WindowRange,
 };
 use dax_backend::capacity::CapacityDevice;
 use dax_backend::device::{DcDevice, DeviceConfig};
@@ -36,6 +36,7 @@ pub(crate) struct Setup {
     pub(crate) admit: Admit,
     pub(crate) orchestrator: bool,
     pub(crate) recall_deadline: Duration,
+    pub(crate) policy: Option<CapacityPolicy>,
 }
 
 impl Default for Setup {
@@ -45,6 +46,7 @@ impl Default for Setup {
             admit: Admit::Owner,
             orchestrator: true,
             recall_deadline: Duration::from_secs(2),
+            policy: None,
         }
     }
 }
@@ -251,6 +253,7 @@ fn broker_over(model: &SoftwareDevice, setup: &Setup, store: Store) -> Broker {
         admit: setup.admit,
         recall_deadline: setup.recall_deadline,
         warm_reserve: 4 * GRANULE,
+        policy: setup.policy,
         restarts: 0,
     };
     let orchestrator: Option<Box<dyn Orchestrator>> = match setup.orchestrator {
