@@ -82,7 +82,9 @@ fn cache(name: &'static str, priority: i32, calls: &Calls) -> Cache {
         })
         .build()
         .unwrap();
-    let mut bytes = VecIn::with_capacity_in(GRANULE, arena);
+    let mut bytes = VecIn::with_capacity_in(GRANULE, arena.clone());
+    // It outlives what is in it, and its callback is asked again.
+    std::mem::forget(arena);
     bytes.resize(GRANULE, 1);
     *cache.lock().unwrap() = Some(bytes);
     cache
@@ -218,4 +220,16 @@ fn every_step_takes_what_it_can_and_the_next_one_the_rest() {
         assert!(bytes.iter().all(|byte| *byte == number as u8), "{number}");
     }
     assert!(caches.iter().all(|cache| cache.lock().unwrap().is_none()));
+
+    // Whoever wants just what is unused gets nothing of what is live, and no
+    // refusal for it.
+    let moved = HEAP.stats().evacuated;
+    let outcome = source.thin(2, granules(GRANULES));
+    assert_eq!(calls.lock().unwrap().len(), 4, "callbacks are called again");
+    assert_eq!(
+        (outcome.moved(), outcome.refused.bytes()),
+        (0, 0),
+        "{outcome:?}"
+    );
+    assert_eq!(HEAP.stats().evacuated, moved);
 }

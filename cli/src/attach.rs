@@ -11,12 +11,14 @@ use dax_backend::broker::{Admit, Broker, BrokerConfig, Window};
 use dax_backend::capacity::CapacityDevice;
 use dax_backend::device::{DcDevice, DeviceConfig};
 use dax_backend::journal::FileJournal;
+use dax_backend::orchestrator::Orchestrator;
+use dax_backend::orchestrator::qmp::{QmpOrchestrator, QmpTarget};
 use dax_backend::pci::{PciAddress, Sysfs};
 use dax_backend::window::Platform;
 
 use crate::failure::Failure;
 use crate::size::Bytes;
-use crate::sockets;
+use crate::{marks, sockets};
 
 /// How a device is reached.
 #[derive(Debug, Clone, Args)]
@@ -24,6 +26,9 @@ pub(crate) struct Attach {
     /// Where no /dev/daxX.Y covers the device's memory, use /dev/mem: for root's programs only, without O_DIRECT
     #[arg(long, requires = "device", conflicts_with = "emulate")]
     dev_mem: bool,
+    /// Who adds capacity to the device when the broker or `dcm add` wants more: QEMU's monitor
+    #[arg(long, value_name = "qmp:SOCKET,DEVICE", requires = "device", conflicts_with = "emulate", value_parser = marks::parse_orchestrator)]
+    orchestrator: Option<QmpTarget>,
     /// Another tree than /sys
     #[arg(long, hide = true, value_name = "PATH", default_value = "/sys")]
     sysfs: PathBuf,
@@ -35,6 +40,13 @@ impl Attach {
         let mut arguments = vec!["--sysfs".into(), self.sysfs.clone().into()];
         if self.dev_mem {
             arguments.push("--dev-mem".into());
+        }
+        if let Some(QmpTarget { socket, device }) = &self.orchestrator {
+            let mut target = OsString::from("qmp:");
+            target.push(socket);
+            target.push(",");
+            target.push(device);
+            arguments.extend(["--orchestrator".into(), target]);
         }
         arguments
     }
@@ -77,6 +89,7 @@ pub(crate) fn broker(
         .map(|extent| extent.range.len)
         .sum();
     let span = device.dc_span().len;
+    let regions = device.regions().to_vec();
     let told = format!(
         "{} of {} of {address} through {}",
         Bytes(held),
@@ -85,7 +98,11 @@ pub(crate) fn broker(
     );
     let window = Window::of_device(window.file, window.base, span)
         .with_context(|| format!("{} cannot be mapped", window.path.display()))?;
-    let broker = Broker::new(Box::new(device), None, window, config)?;
+    let orchestrator = attach
+        .orchestrator
+        .clone()
+        .map(|target| Box::new(QmpOrchestrator::new(target, &regions)) as Box<dyn Orchestrator>);
+    let broker = Broker::new(Box::new(device), orchestrator, window, config)?;
     Ok((broker, told))
 }
 

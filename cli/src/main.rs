@@ -13,6 +13,7 @@ mod generate;
 mod keeper;
 mod live;
 mod log;
+mod marks;
 mod orders;
 mod picture;
 mod run;

@@ -9,6 +9,7 @@ use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
     DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW,
 };
+use dax_backend::broker::policy::PolicyStatus;
 use dax_backend::broker::receipt::Receipt;
 use dax_backend::broker::status::{ProcessReport, RunReport, Status};
 
@@ -63,6 +64,7 @@ pub(crate) fn status(status: &Status) -> String {
             Bytes(capacity.outgoing)
         );
     }
+    policy(&mut out, &status.policy);
     for extent in &status.extents {
         let tag = extent.tag.map(|tag| format!("  tag {tag}"));
         line!(
@@ -91,6 +93,26 @@ pub(crate) fn status(status: &Status) -> String {
         );
     }
     out
+}
+
+fn policy(out: &mut String, policy: &PolicyStatus) {
+    let Some(rules) = &policy.rules else {
+        return;
+    };
+    line!(
+        out,
+        "policy    {} to {} free, in steps of {}: asked {} times, got {}, gave back {}, asked programs for what they do not use {} times",
+        Bytes(rules.low),
+        Bytes(rules.high),
+        Bytes(rules.step),
+        policy.asked,
+        Bytes(policy.added_bytes),
+        Bytes(policy.given_back_bytes),
+        policy.thinned
+    );
+    if let Some(refusal) = &policy.last_refusal {
+        line!(out, "          refused {} times: {refusal}", policy.refused);
+    }
 }
 
 /// What a run's memory used.

@@ -12,6 +12,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use uuid::Uuid;
 
 use crate::failure::Failure;
+use crate::marks::Marks;
 use crate::signals::Signals;
 use crate::size::Bytes;
 use crate::{activation, capacity, emulate, keeper, live, log, sockets};
@@ -32,6 +33,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "ADDRESS", value_parser = live::parse_address)]
     listen: Option<SocketAddr>,
     #[command(flatten)]
+    marks: Marks,
+    #[command(flatten)]
     log: log::LogOptions,
     /// Serve the programs of this run, until stdin ends and none is left
     #[arg(long, hide = true, value_name = "UUID", requires = "socket")]
@@ -44,6 +47,7 @@ pub(crate) struct Options {
 /// Serves until told to stop.
 pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
     options.capacity.check()?;
+    let policy = options.marks.policy()?;
     if options.run.is_some() {
         close_inherited();
     }
@@ -60,6 +64,7 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
     };
     let config = BrokerConfig {
         admit,
+        policy,
         restarts: options.worker.unwrap_or(0),
         ..BrokerConfig::default()
     };

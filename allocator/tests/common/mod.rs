@@ -131,6 +131,19 @@ impl MemfdSource {
         self.ask_back(id, bytes, Ranges::EMPTY, PATIENCE)
     }
 
+    /// Asks for up to `bytes` of what is unused or can be dropped.
+    pub(crate) fn thin(&self, id: u64, bytes: u64) -> RecallOutcome {
+        self.send(Event::Recall(Recall {
+            id,
+            bytes,
+            deadline: PATIENCE,
+            ranges: Ranges::EMPTY,
+            past_deadline: false,
+            unused_only: true,
+        }));
+        self.outcome(id, PATIENCE)
+    }
+
     /// Asks for all of some ranges, and grants nothing of them from now on.
     pub(crate) fn recall_ranges(&self, id: u64, ranges: &Ranges) -> RecallOutcome {
         self.state.lock().unwrap().withheld = ranges.as_slice().to_vec();
@@ -252,6 +265,11 @@ impl MemfdSource {
             past_deadline: false,
             unused_only: false,
         }));
+        self.outcome(id, deadline)
+    }
+
+    /// Waits for the answer to a recall.
+    fn outcome(&self, id: u64, deadline: Duration) -> RecallOutcome {
         let mut state = self.state.lock().unwrap();
         loop {
             if let Some((_, outcome)) = state.outcomes.iter().find(|(answered, _)| *answered == id)

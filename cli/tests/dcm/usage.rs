@@ -23,6 +23,15 @@ fn wrong_calls_exit_with_2_and_say_why() {
             "more than the 64M",
         ),
         (&["run", "--offer", "32M", "--", "true"], "--emulate"),
+        (&["serve", "--emulate", "64M", "--high", "8M"], "--low"),
+        (
+            &["serve", "--emulate", "64M", "--low", "8M", "--high", "9M"],
+            "would go back at once",
+        ),
+        (
+            &["serve", "--device", "0000:0d:00.0", "--orchestrator", "me"],
+            "no orchestrator",
+        ),
         (&["run", "--emulate", "64M"], "PROGRAM"),
         (
             &["run", "--emulate", "64M", "--stats", "xml", "--", "true"],

@@ -69,7 +69,7 @@ impl Broker {
             Some(_) if sizes.is_empty() => "no size given",
             Some(fabric) => {
                 self.adds.push(PendingAdd {
-                    ticket: fabric.add(sizes, tag),
+                    ticket: fabric.add(sizes, tag, &self.device.snapshot.accepted),
                     requester: Some(requester),
                     requested: now,
                     offered: None,
@@ -86,7 +86,7 @@ impl Broker {
     pub(super) fn ask_for_more(&mut self, bytes: u64, now: Instant) {
         if let Some(fabric) = &mut self.fabric {
             self.adds.push(PendingAdd {
-                ticket: fabric.add(vec![bytes], ExtentTag::NULL),
+                ticket: fabric.add(vec![bytes], ExtentTag::NULL, &self.device.snapshot.accepted),
                 requester: None,
                 requested: now,
                 offered: None,

@@ -17,6 +17,7 @@ enum Order {
         ticket: u64,
         sizes: Vec<u64>,
         tag: ExtentTag,
+        held: Vec<Extent>,
     },
     Force {
         ticket: u64,
@@ -45,7 +46,15 @@ impl FabricThread {
         let thread = Helper::start("dcm-fabric", move |orders, answers| {
             for order in orders {
                 let (ticket, offered) = match order {
-                    Order::Add { ticket, sizes, tag } => (ticket, orchestrator.add(&sizes, tag)),
+                    Order::Add {
+                        ticket,
+                        sizes,
+                        tag,
+                        held,
+                    } => {
+                        orchestrator.held(&held);
+                        (ticket, orchestrator.add(&sizes, tag))
+                    }
                     Order::Force { ticket, ranges } => {
                         let taken = orchestrator.release(&ranges, true);
                         (ticket, taken.map(|()| Vec::new()))
@@ -60,11 +69,17 @@ impl FabricThread {
         Ok(Self { thread, tickets: 0 })
     }
 
-    /// Asks for an offer of one extent for each of `sizes`; the ticket.
-    pub(super) fn add(&mut self, sizes: Vec<u64>, tag: ExtentTag) -> u64 {
+    /// Asks for an offer of one extent for each of `sizes`, of a host that has `held`; the
+    /// ticket.
+    pub(super) fn add(&mut self, sizes: Vec<u64>, tag: ExtentTag, held: &[Extent]) -> u64 {
         self.tickets += 1;
         let ticket = self.tickets;
-        self.thread.order(Order::Add { ticket, sizes, tag });
+        self.thread.order(Order::Add {
+            ticket,
+            sizes,
+            tag,
+            held: held.to_vec(),
+        });
         ticket
     }
 

@@ -11,6 +11,9 @@ use dax_backend::mmio::Mmio;
 use dax_backend::model::{
     AddPolicy, AddRequest, Fabric, ModelConfig, ReleasePolicy, SlowOffer, SoftwareDevice,
 };
+use dax_backend::orchestrator::Orchestrator;
+use dax_backend::orchestrator::qmp::QmpOrchestrator;
+use dax_backend::region::DcRegion;
 use dax_backend::staging::{Preparation, Prepare, RejectReason};
 
 use crate::qemu::Qemu;
@@ -127,6 +130,14 @@ impl TestDevice {
             Vehicle::Qemu(qemu) => qemu.mmio(),
         };
         tapped(mmio, self.doorbells.clone())
+    }
+
+    /// Who adds capacity for a broker over this device.
+    pub(crate) fn orchestrator(&self, regions: &[DcRegion]) -> Box<dyn Orchestrator> {
+        match &self.vehicle {
+            Vehicle::Model { fabric, .. } => Box::new(fabric.clone()),
+            Vehicle::Qemu(qemu) => Box::new(QmpOrchestrator::new(qemu.target(), regions)),
+        }
     }
 
     /// How many commands of a kind were sent, all drivers together.

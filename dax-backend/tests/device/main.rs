@@ -14,6 +14,7 @@ mod decoders;
 mod fabric;
 mod faults;
 mod mailbox;
+mod orchestrator;
 mod recovery;
 mod release;
 mod staging;

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use dax_backend::address::DpaRange;
 use dax_backend::extent::ExtentTag;
 use dax_backend::mmio::{Mmio, RegisterBlock};
+use dax_backend::orchestrator::qmp::QmpTarget;
 use dax_backend::pci::config::{ConfigSpace, enable, register_blocks};
 use parking_lot::Mutex;
 
@@ -48,7 +49,7 @@ pub(crate) struct Qemu {
     monitor: Mutex<Monitor>,
     /// Where the component and the device registers are.
     blocks: [u64; 2],
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Qemu {
@@ -64,6 +65,11 @@ impl Qemu {
             .arg(format!("unix:{}", registers.display()))
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", monitor.display()))
+            .arg("-qmp")
+            .arg(format!(
+                "unix:{},server=on,wait=off",
+                directory.path().join("orchestrator").display()
+            ))
             .args(["-qtest-log", "/dev/null"])
             .stdin(Stdio::null())
             .spawn()
@@ -79,7 +85,7 @@ impl Qemu {
             qtest: Arc::new(Mutex::new(qtest)),
             monitor: Mutex::new(Monitor::new(stream)),
             blocks,
-            _directory: directory,
+            directory,
         }
     }
 
@@ -88,6 +94,14 @@ impl Qemu {
             qtest: Arc::clone(&self.qtest),
             blocks: self.blocks,
         })
+    }
+
+    /// The same device for an orchestrator, at a monitor of its own.
+    pub(crate) fn target(&self) -> QmpTarget {
+        QmpTarget {
+            socket: self.directory.path().join("orchestrator"),
+            device: "/machine/peripheral/dcd0".into(),
+        }
     }
 
     pub(crate) fn add(&self, ranges: &[DpaRange], tag: ExtentTag) {

@@ -1,10 +1,16 @@
 //! Asking for capacity, which CXL leaves to the fabric manager.
 //!
+//! [`qmp`] asks QEMU's monitor; the software device has its own. `choice` finds free ranges for
+//! those that want to be told which.
+//!
 //! There is no command by which a host asks its device for more: whoever wants capacity asks
 //! an orchestrator (FM-API 5604h/5605h, Redfish, QMP, or the software device's fabric side),
 //! and the answer comes as an event of the device, perhaps smaller, perhaps never.
 
 #![forbid(unsafe_code)]
+
+mod choice;
+pub mod qmp;
 
 use thiserror::Error;
 
@@ -19,6 +25,10 @@ pub trait Orchestrator: Send {
     /// # Errors
     /// [`OrchestratorError`]: nothing was offered.
     fn add(&mut self, sizes: &[u64], tag: ExtentTag) -> Result<Vec<Extent>, OrchestratorError>;
+
+    /// What the host holds at the moment. Said before [`Self::add`], for orchestrators that must
+    /// choose the ranges they offer.
+    fn held(&mut self, _extents: &[Extent]) {}
 
     /// Asks the host for `ranges` back, or with `forced` takes them at once.
     ///
