@@ -188,12 +188,17 @@ fn while_they_move(source: &MemfdSource) {
             .map(|i| block(if i % 2 == 0 { &told } else { &untold }, 1 + i as u8))
             .collect();
         std::thread::scope(|scope| {
-            let recalling = scope.spawn(|| {
-                source.close(true);
-                let outcome = source.recall(100 + rounds, granules(GRANULES));
-                source.close(false);
-                source.send(Event::CapacityAvailable);
-                outcome
+            let ranges = source.some_lent(BLOCKS, &mut random);
+            let recalling = scope.spawn(move || {
+                if rounds % 2 == 0 {
+                    source.close(true);
+                    source.recall(100 + rounds, granules(GRANULES));
+                    source.close(false);
+                } else {
+                    // To extents that are unused, as far as there are some.
+                    source.recall_ranges(100 + rounds, &ranges);
+                }
+                source.restore();
             });
             while !recalling.is_finished() {
                 let some = source.some_lent(2, &mut random);
