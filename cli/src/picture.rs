@@ -176,6 +176,14 @@ pub(crate) fn run(report: &RunReport) -> String {
             "  {now} in spill files now, {back} came back from there, {lost} lost there"
         );
     }
+    if total.lost_granules > 0 {
+        let lost = total.lost_granules.saturating_mul(GRANULE);
+        line!(
+            out,
+            "  {} lost: taken by force while in use, or broken",
+            Bytes(lost)
+        );
+    }
     if total.unforked_granules > 0 {
         line!(
             out,
@@ -311,6 +319,18 @@ fn processes(out: &mut String, processes: &[ProcessReport]) {
                 "          {} live granules missing in its children",
                 stats.unforked_granules
             );
+        }
+        for (granules, what) in [
+            (
+                stats.lost_granules,
+                "lost: taken by force while in use, or broken",
+            ),
+            (stats.pinned_granules, "pinned: no recall gets it"),
+        ] {
+            if granules > 0 {
+                let bytes = Bytes(granules.saturating_mul(GRANULE));
+                line!(out, "          {bytes} {what}");
+            }
         }
         for says in degraded(stats.degraded_flags) {
             line!(out, "          degraded: {says}");

@@ -296,6 +296,8 @@ impl ExtentSource for BrokerSource {
             (&page.spilled_granules, usage.spilled_held / granule),
             (&page.restored_granules, stats.restored),
             (&page.spill_lost_granules, stats.spill_lost),
+            (&page.lost_granules, stats.lost / granule),
+            (&page.pinned_granules, stats.pinned / granule),
             (&page.move_stall_max_ns, stats.stalls.max),
             (&page.exhausted_count, stats.exhausted),
             (&page.config_unknown_keys, u64::from(stats.unknown_settings)),

@@ -258,6 +258,11 @@ fn broker(page: &mut Page, status: &Status) {
             "Granules of 2 MiB whose spill file could not give them back.",
             total.spill_lost_granules,
         ),
+        (
+            "lost_granules_total",
+            "Granules of 2 MiB that a device took by force while they were in use, or that were broken.",
+            total.lost_granules,
+        ),
     ] {
         page.counter(name, help, value);
     }

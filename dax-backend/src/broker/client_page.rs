@@ -154,6 +154,11 @@ client_page! {
     restored_granules,
     /// Granules whose file did not hold any more what was written.
     spill_lost_granules,
+    /// Granules whose content was lost: a device took them by force, or they
+    /// were found broken.
+    lost_granules,
+    /// Granules that are pinned now.
+    pinned_granules,
 }
 
 /// Where in the page the client's key is, 16 bytes: it proves to a broker that

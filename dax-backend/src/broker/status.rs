@@ -230,6 +230,12 @@ pub struct RunTotal {
     /// Granules whose file did not hold any more what was written.
     #[serde(default)]
     pub spill_lost_granules: u64,
+    /// Granules that a device took by force, or that were found broken.
+    #[serde(default)]
+    pub lost_granules: u64,
+    /// Granules that are pinned now.
+    #[serde(default)]
+    pub pinned_granules: u64,
     /// Times that extents ran out for a process.
     pub exhausted_count: u64,
     /// All `DEGRADED_*` bits of all processes.
@@ -255,6 +261,7 @@ impl RunTotal {
             add(&mut self.extent_held_bytes, stats.extent_held_bytes);
             add(&mut self.dram_granule_bytes, stats.dram_granule_bytes);
             add(&mut self.spilled_granules, stats.spilled_granules);
+            add(&mut self.pinned_granules, stats.pinned_granules);
         }
         add(&mut self.extent_live_peak, stats.extent_live_peak);
         add(&mut self.dram_live_peak, stats.dram_live_peak);
@@ -273,6 +280,7 @@ impl RunTotal {
         add(&mut self.unforked_granules, stats.unforked_granules);
         add(&mut self.restored_granules, stats.restored_granules);
         add(&mut self.spill_lost_granules, stats.spill_lost_granules);
+        add(&mut self.lost_granules, stats.lost_granules);
         add(&mut self.exhausted_count, stats.exhausted_count);
         add(&mut self.stall_ns, stats.stall_ns);
         for (sum, waits) in self.stalls.iter_mut().zip(stats.stalls) {
@@ -324,7 +332,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_has_spilled_what_its_processes_have() {
+    fn a_run_has_spilled_pinned_and_lost_what_its_processes_have() {
         let process = |ended: bool| ProcessReport {
             pid: 1,
             uid: 0,
@@ -340,14 +348,17 @@ mod tests {
                 spilled_granules: 5,
                 restored_granules: 3,
                 spill_lost_granules: 1,
+                lost_granules: 4,
+                pinned_granules: 7,
                 ..ClientStats::default()
             },
         };
         let mut total = RunTotal::default();
         total.add(&process(false));
         total.add(&process(true));
-        // The file of one that has ended is gone.
-        assert_eq!(total.spilled_granules, 5);
+        // The file of one that has ended is gone, and so are its pins.
+        assert_eq!((total.spilled_granules, total.pinned_granules), (5, 7));
+        assert_eq!(total.lost_granules, 8);
         assert_eq!((total.restored_granules, total.spill_lost_granules), (6, 2));
     }
 }
