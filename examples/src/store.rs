@@ -1,18 +1,22 @@
-//! A small key-value store in memory, whose every record carries a checksum.
+//! A table of a small key-value store: all of it in an arena of its own, every record with a checksum.
 
-use std::collections::HashMap;
+use allocator::Arena;
+use allocator::allocator_api2::boxed::Box;
+use allocator::allocator_api2::vec::Vec;
+use hashbrown::{DefaultHashBuilder, HashMap};
 
 /// Records by key.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Store {
-    records: HashMap<u64, Record>,
+    records: HashMap<u64, Record, DefaultHashBuilder, Arena>,
+    arena: Arena,
     value_bytes: usize,
 }
 
 #[derive(Debug)]
 struct Record {
     checksum: u64,
-    value: Box<[u8]>,
+    value: Box<[u8], Arena>,
 }
 
 /// A record that is not what was put.
@@ -23,17 +27,29 @@ pub struct Damaged {
 }
 
 impl Store {
-    /// An empty store.
-    pub fn new() -> Self {
-        Self::default()
+    /// An empty store in `arena`.
+    pub fn new_in(arena: Arena) -> Self {
+        Self {
+            records: HashMap::new_in(arena.clone()),
+            arena,
+            value_bytes: 0,
+        }
+    }
+
+    /// Drops everything.
+    pub fn clear(&mut self) {
+        self.records = HashMap::new_in(self.arena.clone());
+        self.value_bytes = 0;
     }
 
     /// Puts `value` under `key`, in place of what was there.
-    pub fn put(&mut self, key: u64, value: Box<[u8]>) {
+    pub fn put(&mut self, key: u64, value: &[u8]) {
         self.value_bytes += value.len();
+        let mut copy = Vec::with_capacity_in(value.len(), self.arena.clone());
+        copy.extend_from_slice(value);
         let record = Record {
-            checksum: checksum(key, &value),
-            value,
+            checksum: checksum(key, value),
+            value: copy.into_boxed_slice(),
         };
         if let Some(old) = self.records.insert(key, record) {
             self.value_bytes -= old.value.len();
@@ -107,25 +123,34 @@ fn checksum(key: u64, value: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use allocator::DcMalloc;
+
+    static HEAP: DcMalloc = DcMalloc::new();
+
+    fn store() -> Store {
+        Store::new_in(HEAP.arena("records").build().unwrap())
+    }
 
     #[test]
     fn put_get_remove() {
-        let mut store = Store::new();
-        store.put(1, b"one".to_vec().into());
-        store.put(2, b"two two".to_vec().into());
-        store.put(1, b"one again".to_vec().into());
+        let mut store = store();
+        store.put(1, b"one");
+        store.put(2, b"two two");
+        store.put(1, b"one again");
         assert_eq!(store.get(1), Ok(Some(&b"one again"[..])));
         assert_eq!(store.get(3), Ok(None));
         assert_eq!((store.len(), store.value_bytes()), (2, 16));
         assert!(store.remove(1) && !store.remove(1));
         assert_eq!(store.verify(), Ok(1));
+        store.clear();
+        assert_eq!((store.len(), store.value_bytes()), (0, 0));
     }
 
     #[test]
     fn every_changed_byte_is_found() {
         for at in 0..20 {
-            let mut store = Store::new();
-            store.put(7, vec![5; 20].into());
+            let mut store = store();
+            store.put(7, &[5; 20]);
             store.records.get_mut(&7).unwrap().value[at] ^= 1;
             assert_eq!(store.verify(), Err(Damaged { key: 7 }));
             assert_eq!(store.get(7), Err(Damaged { key: 7 }));

@@ -1,5 +1,6 @@
-//! A key-value store whose heap is on dynamic capacity: fills itself, changes records for a while, and
-//! verifies every one. `dcm release` may take back what it does not use at any moment.
+//! A key-value store on dynamic capacity: fills itself, changes records for a while, and verifies every one.
+//! Its records are in one arena and what it has worked out of them in another: under pressure the second is
+//! dropped, and the records are moved while they are in use.
 //!
 //! ```console
 //! $ dcm serve --emulate 1G --offer 512M --socket /tmp/dcm.sock &
@@ -13,14 +14,14 @@
 use std::ffi::CString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use allocator::{Config, DcMalloc, Placement};
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Parser;
 use dcmalloc::BrokerSource;
-use dcmalloc_examples::store::Store;
+use dcmalloc_examples::store::{Damaged, Store};
 
 #[global_allocator]
 static HEAP: DcMalloc = DcMalloc::with(Config {
@@ -49,11 +50,11 @@ fn main() -> Result<()> {
     if let Err(error) = attach(options.socket.clone()) {
         println!("no extents, everything is in DRAM: {error:#}");
     }
-    let mut store = Store::new();
+    let mut store = Tables::new()?;
     let mut random = Random(0x2545_f491_4f6c_dd1d);
 
     for key in 0..options.records {
-        store.put(key, random.value());
+        store.put(key, &random.value());
         if (key + 1) % (options.records / 5).max(1) == 0 {
             report("written", &store);
         }
@@ -68,15 +69,86 @@ fn main() -> Result<()> {
     report(&format!("changed {changes} times"), &store);
 
     let verified = store
+        .records
         .verify()
         .map_err(|damaged| anyhow!("record {} is damaged", damaged.key))?;
     ensure!(
-        verified == store.len(),
+        verified == store.records.len(),
         "verified {verified} of {} records",
-        store.len()
+        store.records.len()
     );
     println!("verified {verified} records, none damaged");
     Ok(())
+}
+
+/// What is kept, and what can be worked out again.
+struct Tables {
+    records: Store,
+    views: Arc<Mutex<Views>>,
+}
+
+/// The beginnings of records as text, once somebody has asked.
+#[derive(Default)]
+struct Views {
+    texts: Option<Store>,
+    /// How often they were dropped under pressure.
+    dropped: u32,
+}
+
+impl Tables {
+    /// An arena for each: that of the views is asked first under pressure.
+    fn new() -> Result<Self> {
+        let views: Arc<Mutex<Views>> = Arc::default();
+        let weak = Arc::downgrade(&views);
+        let arena = HEAP
+            .arena("views")
+            .on_pressure(move |_| {
+                if let Some(views) = weak.upgrade() {
+                    let mut views = lock(&views);
+                    views.dropped += 1;
+                    views.texts.as_mut().map(Store::clear);
+                }
+            })
+            .build()?;
+        lock(&views).texts = Some(Store::new_in(arena));
+        let records = HEAP.arena("records").priority(10).build()?;
+        Ok(Self {
+            records: Store::new_in(records),
+            views,
+        })
+    }
+
+    fn put(&mut self, key: u64, value: &[u8]) {
+        self.remove(key);
+        self.records.put(key, value);
+    }
+
+    fn remove(&mut self, key: u64) {
+        self.records.remove(key);
+        lock(&self.views)
+            .texts
+            .as_mut()
+            .map(|texts| texts.remove(key));
+    }
+
+    /// Looks at the text of a record, which is kept; whether it is what it should be.
+    fn view(&self, key: u64) -> Result<(), Damaged> {
+        let Some(value) = self.records.get(key)? else {
+            return Ok(());
+        };
+        let mut views = lock(&self.views);
+        if let Some(texts) = &mut views.texts
+            && texts.get(key)?.is_none()
+        {
+            let text = value[..value.len().min(100)].escape_ascii().to_string();
+            texts.put(key, text.as_bytes());
+        }
+        Ok(())
+    }
+}
+
+fn lock(views: &Mutex<Views>) -> MutexGuard<'_, Views> {
+    views.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Connects to the broker; from then on the heap grows onto extents.
@@ -89,7 +161,7 @@ fn attach(socket: PathBuf) -> Result<()> {
 }
 
 /// Puts, removes and reads at random until the time is over; returns the number of changes.
-fn churn(store: &mut Store, random: &mut Random, options: &Options) -> Result<u64> {
+fn churn(store: &mut Tables, random: &mut Random, options: &Options) -> Result<u64> {
     let start = Instant::now();
     let limit = Duration::from_secs_f64(options.seconds);
     let mut next_report = Duration::from_secs(1);
@@ -98,11 +170,11 @@ fn churn(store: &mut Store, random: &mut Random, options: &Options) -> Result<u6
         for _ in 0..1000 {
             let key = random.next() % options.records.max(1);
             match random.next() % 8 {
-                0 => store.put(key, random.value()),
-                1 => drop(store.remove(key)),
+                0 => store.put(key, &random.value()),
+                1 => store.remove(key),
                 _ => {
                     store
-                        .get(key)
+                        .view(key)
                         .map_err(|damaged| anyhow!("record {} is damaged", damaged.key))?;
                     continue;
                 }
@@ -117,13 +189,16 @@ fn churn(store: &mut Store, random: &mut Random, options: &Options) -> Result<u6
     Ok(changes)
 }
 
-fn report(what: &str, store: &Store) {
+fn report(what: &str, store: &Tables) {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let usage = HEAP.stats().usage;
+    let views = lock(&store.views);
+    let texts = views.texts.as_ref().map_or(0, Store::len);
     println!(
-        "{what}: {} records, {:.0} MiB of values; heap {:.0} MiB on extents, {:.0} MiB in DRAM",
-        store.len(),
-        mib(store.value_bytes() as u64),
+        "{what}: {} records, {:.0} MiB of values; {texts} views, dropped {} times; heap {:.0} MiB on extents, {:.0} MiB in DRAM",
+        store.records.len(),
+        mib(store.records.value_bytes() as u64),
+        views.dropped,
         mib(usage.extent_live),
         mib(usage.dram_live)
     );
