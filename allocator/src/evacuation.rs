@@ -188,10 +188,15 @@ impl Evacuator {
         }
     }
 
-    /// Moves some granules that are in DRAM for want of extents to unused
+    /// Moves up to `most` granules that are in DRAM for want of extents to unused
     /// ones; how many.
-    pub(crate) fn bring_back(&mut self, heap: &Heap, source: &dyn ExtentSource) -> usize {
-        let (mut moved, most) = (0, heap.back_per_tick());
+    pub(crate) fn bring_back(
+        &mut self,
+        heap: &Heap,
+        source: &dyn ExtentSource,
+        most: usize,
+    ) -> usize {
+        let mut moved = 0;
         while moved < most
             && heap.space().pooled() > 0
             && let Some(granule) = heap.space().next_spilled()

@@ -83,6 +83,45 @@ fn read<'a>(path: &CStr, buffer: &'a mut [u8]) -> &'a str {
     core::str::from_utf8(text).unwrap_or_default()
 }
 
+/// How often the process's control group ran into its memory limits
+/// (`memory.events`: `high`, `max` and `oom`).
+pub(crate) struct Strain(u64);
+
+impl Strain {
+    /// What was counted until now.
+    pub(crate) fn now() -> Self {
+        Self(strain_of_own_group())
+    }
+
+    /// Whether more was counted since this was last asked.
+    pub(crate) fn grew(&mut self) -> bool {
+        let before = std::mem::replace(&mut self.0, strain_of_own_group());
+        self.0 > before
+    }
+}
+
+fn strain_of_own_group() -> u64 {
+    let mut text = [0u8; TEXT_MAX];
+    let group = own_group(read(c"/proc/self/cgroup", &mut text));
+    group.map_or(0, |group| strain(ROOT, group))
+}
+
+/// What a group has counted; 0 where nothing is (version 1, the root).
+fn strain(root: &str, group: &str) -> u64 {
+    let mut text = [0u8; TEXT_MAX];
+    let events = read_of(
+        root,
+        group.trim_end_matches('/'),
+        "memory.events",
+        &mut text,
+    );
+    let counts = events.unwrap_or_default().lines().filter_map(|line| {
+        let (name, count) = line.split_once(' ')?;
+        matches!(name, "high" | "max" | "oom").then(|| count.parse::<u64>().ok())?
+    });
+    counts.fold(0, u64::saturating_add)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,6 +148,19 @@ mod tests {
         std::fs::write(root.join("a/b/c/memory.stat"), cache).unwrap();
         assert_eq!(below(text, "/a/b/c"), 20, "50 - (100 - 70)");
         assert_eq!(below(text, "/elsewhere"), u64::MAX);
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn limits_that_were_met_are_counted() {
+        let root = std::env::temp_dir().join(format!("dcm-strain-{}", std::process::id()));
+        group(&root, "/a", "1000\n", "400\n");
+        let text = root.to_str().unwrap();
+        assert_eq!(strain(text, "/a"), 0, "without memory.events");
+        let events = "low 5\nhigh 10\nmax 200\noom 1\noom_kill 1\noom_group_kill 0\n";
+        std::fs::write(root.join("a/memory.events"), events).unwrap();
+        assert_eq!(strain(text, "/a"), 211);
+        assert_eq!(strain(text, "/"), 0);
         std::fs::remove_dir_all(&root).unwrap();
     }
 

@@ -561,8 +561,12 @@ impl Heap {
         spill::complain(error);
     }
 
-    /// Granules that may come back to extents in one tick of the worker.
-    pub(crate) fn back_per_tick(&self) -> usize {
+    /// Granules that may come back to extents in one tick of the worker: all of
+    /// them in a `hurry`, unless nothing ever does.
+    pub(crate) fn back_per_tick_in(&self, hurry: bool) -> usize {
+        if hurry && self.config().promote > 0 {
+            return usize::MAX;
+        }
         let ticks = 1000 / crate::service::TICK.as_millis() as u64;
         (self.config().promote / ticks).div_ceil(GRANULE as u64) as usize
     }

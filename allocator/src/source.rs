@@ -115,6 +115,9 @@ pub enum Event {
     },
     /// A source that was exhausted has capacity again.
     CapacityAvailable,
+    /// The machine is short of DRAM: what lies there for want of extents is to
+    /// move to some as fast as it can, and freed pages are to go.
+    DramShort,
     /// Give back.
     Recall(Recall),
     /// The memory of these granules is gone: the device has taken it. There is

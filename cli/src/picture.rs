@@ -64,6 +64,15 @@ pub(crate) fn status(status: &Status) -> String {
             Bytes(capacity.outgoing)
         );
     }
+    if let Some(why) = &status.pressure.missing {
+        line!(out, "pressure  on DRAM is not heard of: {why}");
+    } else if status.pressure.seen > 0 {
+        line!(
+            out,
+            "pressure  DRAM was short {} times",
+            status.pressure.seen
+        );
+    }
     policy(&mut out, &status.policy);
     for extent in &status.extents {
         let tag = extent.tag.map(|tag| format!("  tag {tag}"));

@@ -228,6 +228,7 @@ impl ExtentSource for BrokerSource {
                 }
             }
             Ok(Some(FromBroker::CapacityAvailable)) => Event::CapacityAvailable,
+            Ok(Some(FromBroker::DramShort)) => Event::DramShort,
             Ok(Some(FromBroker::Recall {
                 ranges, lost: true, ..
             })) => Event::Lost(from_wire(ranges.as_slice())),

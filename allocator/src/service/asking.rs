@@ -24,15 +24,15 @@ const NOTHING: Recall = Recall {
 
 impl Service {
     /// Asks for what waiting threads lack and, if `reserve`, for what the
-    /// reserve lacks.
-    pub(super) fn ask(&self, heap: &Heap, source: &dyn ExtentSource, reserve: bool) {
+    /// reserve lacks; with `hurry`, for all that is in DRAM for want of extents.
+    pub(super) fn ask(&self, heap: &Heap, source: &dyn ExtentSource, reserve: bool, hurry: bool) {
         let demand = heap.demand().swap(0, Ordering::AcqRel);
         let short = demand.saturating_sub(heap.space().idle_granules());
         let reserve = reserve && !heap.space().is_exhausted();
         let mut ask = short;
         if reserve {
             let displaced = match self.moves.load(Ordering::Relaxed) {
-                true => heap.space().displaced().min(heap.back_per_tick()),
+                true => heap.space().displaced().min(heap.back_per_tick_in(hurry)),
                 false => 0,
             };
             let idle = heap.space().idle_granules();

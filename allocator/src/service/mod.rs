@@ -38,6 +38,8 @@ pub(crate) struct Service {
     adopted: Signal,
     /// The source has said that it has capacity again.
     plenty: AtomicBool,
+    /// DRAM is short, and nothing was done about it yet.
+    strained: AtomicBool,
     /// A request is on its way to the source.
     asked: AtomicBool,
     recalls: Lock<[Option<Recall>; RECALLS]>,
@@ -74,6 +76,7 @@ impl Service {
             source: Lock::new(None),
             adopted: Signal::new(),
             plenty: AtomicBool::new(false),
+            strained: AtomicBool::new(false),
             asked: AtomicBool::new(false),
             recalls: Lock::new([None; RECALLS]),
             landing: Lock::new([None; RECALLS]),
@@ -126,6 +129,7 @@ impl Service {
             &self.alive,
             &self.moves,
             &self.plenty,
+            &self.strained,
             &self.asked,
             &self.trim,
         ] {

@@ -12,6 +12,7 @@ use std::time::Instant;
 use super::{TICK, TICK_QUIET};
 use crate::arena::callbacks;
 use crate::evacuation::Evacuator;
+use crate::headroom::Strain;
 use crate::heap::Heap;
 use crate::source::{Event, ExtentSource};
 use crate::thread::{self, Main};
@@ -20,6 +21,11 @@ use crate::thread::{self, Main};
 /// the source says that it has more: what was just given back is not asked for
 /// in the same breath.
 const RESTRAINT: u32 = 20;
+/// For so many ticks after word that DRAM is short, what is in DRAM for want of
+/// extents comes back as fast as it can.
+const HURRY: u32 = 100;
+/// Every so many ticks the control group is looked at.
+const STRAIN_EVERY: u32 = 10;
 /// When there was no memory to bring a granule back to, that is tried again.
 const RETRY: Duration = Duration::from_millis(10);
 /// Room for the thread-locals of the program and its libraries, which share
@@ -90,9 +96,11 @@ pub(super) extern "C" fn newborn(heap: *mut c_void) -> *mut c_void {
 /// What the worker does for as long as the process lives.
 fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
     let service = heap.service();
-    let (mut quiet, mut restraint) = (0, 0u32);
+    let (mut quiet, mut restraint, mut hurry) = (0, 0u32, 0u32);
+    let mut strain = Strain::now();
     let mut before = heap.space().usage();
     let mut last_tick = Instant::now();
+    let mut ticks = 0u32;
     loop {
         let seen = heap.wanted().read();
         if service.stand_still(heap, source) || service.trimmed(heap, source) {
@@ -100,6 +108,10 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
         }
         if service.plenty.swap(false, Ordering::AcqRel) {
             restraint = 0;
+        }
+        if service.strained.swap(false, Ordering::AcqRel) {
+            heap.purge();
+            (restraint, hurry) = (0, HURRY);
         }
         {
             let _nothing_moves = service.evacuator.lock();
@@ -113,7 +125,7 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
             restraint = RESTRAINT;
         }
         if service.is_running() {
-            service.ask(heap, source, restraint == 0);
+            service.ask(heap, source, restraint == 0, hurry > 0);
         }
         let patience = if quiet > 20 { TICK_QUIET } else { TICK };
         heap.wanted()
@@ -124,12 +136,17 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
         }
         last_tick = Instant::now();
         restraint = restraint.saturating_sub(1);
+        hurry = hurry.saturating_sub(1);
+        ticks = ticks.wrapping_add(1);
+        if ticks.is_multiple_of(STRAIN_EVERY) && strain.grew() {
+            service.strained.store(true, Ordering::Release);
+        }
         heap.space().tick();
         heap.decay_extents();
         if let Some(evacuator) = service.evacuator.lock().as_mut() {
             evacuator.sweep(heap);
             if restraint == 0 && service.is_running() {
-                evacuator.bring_back(heap, source);
+                evacuator.bring_back(heap, source, heap.back_per_tick_in(hurry > 0));
             }
         }
         if service.is_running() {
@@ -215,6 +232,10 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
                 heap.wanted().raise();
             }
             Event::Lost(ranges) => service.lose(heap, source, &ranges),
+            Event::DramShort => {
+                service.strained.store(true, Ordering::Release);
+                heap.wanted().raise();
+            }
             Event::Timeout => {}
             Event::Disconnected => service.away(heap),
             Event::Closed => service.closed(heap),

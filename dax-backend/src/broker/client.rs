@@ -139,6 +139,8 @@ pub enum FromBroker {
     },
     /// Asking for a lease is worth while again.
     CapacityAvailable,
+    /// The host is short of DRAM.
+    DramShort,
 }
 
 /// The connection. Sending is atomic per message, so threads may share it;
@@ -324,6 +326,7 @@ impl BrokerClient {
                 unused: flags & RECALL_UNUSED != 0,
             },
             Some(Kind::CapacityAvailable) => FromBroker::CapacityAvailable,
+            Some(Kind::DramShort) => FromBroker::DramShort,
             _ => return Err(ClientError::Unexpected),
         }))
     }

@@ -12,7 +12,7 @@
 //! - `driving` has the device on a thread of its own and `fabric` the
 //!   orchestrator, so that nobody waits for either; `helper` is their queues.
 //! - [`policy`] says when more capacity is wanted and when there is too much,
-//!   `keeping` sees to it.
+//!   `keeping` sees to it; [`pressure`] is the host's own, on its DRAM.
 //! - `recall` asks for memory back, `handover` gives it to the device,
 //!   `refusal` says who kept what; `forced` is when nobody was asked.
 //! - [`store`] and `ledger` are what outlives this process, `rejoin` how clients
@@ -43,6 +43,7 @@ pub mod outcome;
 mod outgoing;
 pub mod peer;
 pub mod policy;
+pub mod pressure;
 pub mod protocol;
 mod reason;
 mod recall;

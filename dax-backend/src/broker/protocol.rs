@@ -77,6 +77,9 @@ pub enum Kind {
     Recall = 0x84,
     /// Asking for a lease is worth while again.
     CapacityAvailable = 0x85,
+    /// The host is short of DRAM: what lies there for want of extents should
+    /// move to extents, and what is only kept should go.
+    DramShort = 0x86,
     /// arg0 0 ok, 1 error. One descriptor: a memfd with the JSON reply.
     AdminReply = 0x87,
     /// Before an [`Kind::AdminReply`] that takes time: arg0 bytes asked for,
@@ -99,6 +102,7 @@ impl Kind {
             0x83 => Self::Grant,
             0x84 => Self::Recall,
             0x85 => Self::CapacityAvailable,
+            0x86 => Self::DramShort,
             0x87 => Self::AdminReply,
             0x88 => Self::AdminProgress,
             _ => return None,

@@ -197,6 +197,7 @@ impl Broker {
             clients,
             total,
             recall: self.recalls.status(pid_of, Instant::now()),
+            pressure: self.pressure.status.clone(),
             policy: self.policy.status.clone(),
             counters: self.counters,
             receipts: self.recalls.receipts.iter().cloned().collect(),

@@ -22,6 +22,7 @@ use super::lease::{ClientId, LeaseTable, Synced};
 use super::ledger::Ledger;
 use super::listener::Listener;
 use super::policy::{CapacityPolicy, Policy};
+use super::pressure::Pressure;
 use super::protocol::GRANULE;
 use super::recall::Recalls;
 use super::report::Runs;
@@ -98,6 +99,7 @@ pub struct Broker {
     pub(super) adds: Vec<PendingAdd>,
     pub(super) forces: Vec<PendingForce>,
     pub(super) policy: Policy,
+    pub(super) pressure: Pressure,
     /// Bytes that clients asked for and did not get, since the policy looked.
     pub(super) short: u64,
     /// When the policy looks again.
@@ -180,6 +182,7 @@ impl Broker {
             adds: Vec::new(),
             forces: Vec::new(),
             policy: Policy::new(config.policy),
+            pressure: Pressure::of_host(now),
             short: 0,
             look_again: now,
             outcomes: Vec::new(),
@@ -234,6 +237,11 @@ impl Broker {
         if ready.listener {
             self.accept(listener, now);
         }
+        if ready.pressure.contains(PollFlags::PRI) {
+            self.under_pressure(now);
+        } else if !ready.pressure.is_empty() {
+            self.pressure_gone();
+        }
         for id in ready.dead {
             if let Some(client) = self.clients.get_mut(&id) {
                 client.process_died(now);
@@ -275,6 +283,10 @@ impl Broker {
         if let Some(warmer) = &self.warmer {
             fds.push(PollFd::new(warmer, PollFlags::IN));
         }
+        let pressure = self.pressure.fd().map(|fd| {
+            fds.push(PollFd::from_borrowed_fd(fd, PollFlags::PRI));
+            fds.len() - 1
+        });
         let first = fds.len();
         for connection in self.connections.values() {
             let mut interest = PollFlags::IN;
@@ -302,6 +314,7 @@ impl Broker {
         let (sockets, pidfds) = fds[first..].split_at(self.connections.len());
         Ok(Ready {
             listener: fired(&fds[0]),
+            pressure: pressure.map_or(PollFlags::empty(), |at| fds[at].revents()),
             connections: self
                 .connections
                 .keys()
@@ -411,6 +424,7 @@ impl Broker {
 
 struct Ready {
     listener: bool,
+    pressure: PollFlags,
     connections: Vec<ConnectionId>,
     dead: Vec<ClientId>,
 }

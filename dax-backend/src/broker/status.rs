@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::client_page::{ClientStats, STALL_BUCKETS};
 use super::map::MapRun;
 use super::policy::PolicyStatus;
+use super::pressure::PressureStatus;
 use super::receipt::{DpaSpan, Origin, Receipt};
 use crate::capacity::DeviceCounters;
 
@@ -41,6 +42,9 @@ pub struct Status {
     pub total: RunTotal,
     /// Counts since the broker started.
     pub counters: BrokerCounters,
+    /// Whether pressure on the host's DRAM is heard of.
+    #[serde(default)]
+    pub pressure: PressureStatus,
     /// What the capacity policy is, and has done.
     #[serde(default)]
     pub policy: PolicyStatus,

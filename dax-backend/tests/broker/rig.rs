@@ -37,6 +37,8 @@ pub(crate) struct Setup {
     pub(crate) orchestrator: bool,
     pub(crate) recall_deadline: Duration,
     pub(crate) policy: Option<CapacityPolicy>,
+    /// Tells of pressure instead of the kernel.
+    pub(crate) pressure: Option<OwnedFd>,
 }
 
 impl Default for Setup {
@@ -47,6 +49,7 @@ impl Default for Setup {
             orchestrator: true,
             recall_deadline: Duration::from_secs(2),
             policy: None,
+            pressure: None,
         }
     }
 }
@@ -260,7 +263,12 @@ fn broker_over(model: &SoftwareDevice, setup: &Setup, store: Store) -> Broker {
         true => Some(Box::new(fabric)),
         false => None,
     };
-    Broker::with_store(Box::new(device), orchestrator, window, config, store).unwrap()
+    let mut broker =
+        Broker::with_store(Box::new(device), orchestrator, window, config, store).unwrap();
+    if let Some(trigger) = &setup.pressure {
+        broker.watch_pressure(trigger.try_clone().unwrap());
+    }
+    broker
 }
 
 /// A client that does what the test tells it.
