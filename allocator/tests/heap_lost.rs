@@ -128,6 +128,8 @@ fn the_owner_is_told(source: &MemfdSource) {
             let (lose, keep) = mine.split_at(BLOCKS / 2);
             let extents: Vec<_> = lose.iter().map(|b| extent_of(*b).unwrap()).collect();
             let before = HEAP.stats().lost;
+            // A pin holds nothing against a device.
+            let pin = HEAP.pin(lose[2], GRANULE).unwrap();
             source.close(true);
             let start = Instant::now();
             let gone = source.take_by_force(&extents);
@@ -143,6 +145,7 @@ fn the_owner_is_told(source: &MemfdSource) {
             extents.iter().for_each(|range| scribble(source, *range));
             assert!(lose.iter().all(|b| holds(*b, 0)), "not zeroes");
             assert!(keep.iter().all(|b| holds(*b, 9)));
+            drop(pin);
             source.close(false);
             source.send(Event::CapacityAvailable);
             assert!(arena.is_lost() && !other.is_lost());
