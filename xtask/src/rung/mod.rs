@@ -7,6 +7,7 @@ mod conformance;
 mod crash;
 mod crash_evacuation;
 mod docs;
+mod forced;
 mod format;
 mod guest;
 mod hazards;
@@ -90,6 +91,11 @@ pub(crate) const ALL: &[Rung] = &[
         name: "hazards",
         shows: "recalls while programs lock, protect, close, limit and forbid what moves need",
         run: hazards::run,
+    },
+    Rung {
+        name: "forced",
+        shows: "capacity taken by force reads as zeroes or raises SIGBUS, as the program has said",
+        run: forced::run,
     },
     Rung {
         name: "crash",
