@@ -7,6 +7,7 @@
 
 pub mod dynamic_capacity;
 pub mod events;
+pub mod fm_api;
 pub mod identify;
 pub mod logs;
 mod return_code;
