@@ -5,3 +5,8 @@
 #[expect(unsafe_code, reason = "io_uring reads into frames")]
 pub mod pool;
 pub mod store;
+
+/// The Rust of the pages, tried by rustdoc.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+mod readme {}

@@ -5,8 +5,11 @@
 mod bench;
 mod broker;
 mod demo;
+mod docs;
 mod guest;
+mod man;
 mod packages;
+mod pictures;
 mod process;
 mod program;
 mod rung;
@@ -29,6 +32,12 @@ struct Options {
 enum Task {
     /// Run the rungs of the test ladder, all or those named
     Test(test::Options),
+    /// Run every command and code block of the pages as written
+    Docs(docs::Options),
+    /// Make the man pages and shell completions
+    Man,
+    /// Take the pictures of the docs: the live page and dcm top during a storm of releases
+    Pictures,
     /// Show the whole: a software device, a workload on it, capacity taken back
     Demo,
     /// Compare with jemalloc on our workload programs; options as of `compare --help`
@@ -41,6 +50,9 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Options::parse().task {
         Task::Test(options) => test::run(&options),
+        Task::Docs(options) => docs::run(&options),
+        Task::Man => man::run(),
+        Task::Pictures => pictures::run(),
         Task::Demo => demo::run().map(|()| true),
         Task::Bench(options) => bench::run(&options),
         Task::Guest(task) => guest::run(&task),

@@ -40,7 +40,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, flow: &Flow) {
     draw_map(frame, map, status, flow);
     draw_processes(frame, table, status, flow);
     let [receipts, stalls] =
-        Layout::horizontal([Constraint::Fill(1), Constraint::Length(42)]).areas(bottom);
+        Layout::horizontal([Constraint::Fill(1), Constraint::Length(46)]).areas(bottom);
     draw_receipts(frame, receipts, status);
     draw_stalls(frame, stalls, status);
     let legend = Line::from(vec![
@@ -121,16 +121,17 @@ fn panel(title: String) -> Block<'static> {
     Block::new()
         .borders(Borders::TOP)
         .border_style(Style::new().dim())
-        .title(Span::raw(title).bold())
+        .title(Span::raw(title).bold().not_dim())
 }
 
 fn draw_map(frame: &mut Frame<'_>, area: Rect, status: &Status, flow: &Flow) {
-    let (lines, cell) = map::lines(
-        &status.extents,
-        flow,
-        area.width.into(),
-        area.height.saturating_sub(1).into(),
-    );
+    let height = usize::from(area.height.saturating_sub(1));
+    let (mut lines, cell) = map::lines(&status.extents, flow, area.width.into(), height);
+    if lines.len() > height && height > 0 {
+        let hidden = lines.len() - (height - 1);
+        lines.truncate(height - 1);
+        lines.push(Line::from(format!(" and {hidden} lines more").dim()));
+    }
     let title = format!(" extents · a cell is {} ", Bytes(cell));
     frame.render_widget(Paragraph::new(lines).block(panel(title)), area);
 }

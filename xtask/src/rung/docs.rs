@@ -1,29 +1,27 @@
-//! rustdoc, with warnings as errors: broken links are what it usually finds. Private items are documented
-//! too, so public text may link to them.
+//! What readers are told: man pages that render, and every command and code block of the pages, run as written.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::Tally;
-use crate::{process, workspace};
+use crate::{docs, man, packages, process, workspace};
 
 pub(super) fn run() -> Result<Tally> {
-    let mut tally = Tally::default();
-    let mut doc = workspace::cargo();
-    doc.args([
-        "doc",
-        "--quiet",
-        "--workspace",
-        "--no-deps",
-        "--document-private-items",
-    ])
-    .env(
-        "RUSTDOCFLAGS",
-        "--deny warnings --allow rustdoc::private_intra_doc_links",
+    packages::ensure(&["gcc", "libc6-dev", "sqlite3", "git"])?;
+    let mut tally = docs::try_pages(&[])?;
+    let share = man::share();
+    tally.check(
+        "man pages and completions",
+        man::write(&share).and_then(|()| {
+            ensure!(man::check(&share)? > 5, "there are hardly any");
+            Ok(())
+        }),
     );
-    if process::run_visibly(&mut doc)? {
+    let mut doctests = workspace::cargo();
+    doctests.args(["test", "--quiet", "--doc", "--package", "dcmalloc-examples"]);
+    if process::run_visibly(&mut doctests)? {
         tally.pass();
     } else {
-        tally.fail("docs", "rustdoc warns; see above");
+        tally.fail("Rust of the pages", "see above");
     }
     Ok(tally)
 }

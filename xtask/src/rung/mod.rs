@@ -11,10 +11,12 @@ mod forced;
 mod format;
 mod guest;
 mod hazards;
+mod page;
 mod programs;
 mod qtest;
 mod recall;
 mod recall_redis;
+mod rustdoc;
 mod speed;
 mod symbols;
 pub(crate) mod unit;
@@ -53,14 +55,19 @@ pub(crate) const ALL: &[Rung] = &[
         run: qtest::run,
     },
     Rung {
-        name: "docs",
+        name: "rustdoc",
         shows: "the documentation builds without a warning",
-        run: docs::run,
+        run: rustdoc::run,
     },
     Rung {
         name: "build",
         shows: "dcm and the libraries build for release",
         run: build::run,
+    },
+    Rung {
+        name: "docs",
+        shows: "every command and code block of the pages works as written; man pages render",
+        run: docs::run,
     },
     Rung {
         name: "symbols",
@@ -96,6 +103,11 @@ pub(crate) const ALL: &[Rung] = &[
         name: "forced",
         shows: "capacity taken by force reads as zeroes or raises SIGBUS, as the program has said",
         run: forced::run,
+    },
+    Rung {
+        name: "page",
+        shows: "the live page in headless Chromium, in the middle of a storm of releases",
+        run: page::run,
     },
     Rung {
         name: "crash",

@@ -84,6 +84,18 @@ fn a_broker_that_goes_away_is_said_and_the_last_look_stays() {
 }
 
 #[test]
+fn extents_that_do_not_fit_are_counted() {
+    let mut many = status();
+    let extent = many.extents[1].clone();
+    many.extents.resize(30, extent);
+    let mut flow = Flow::default();
+    flow.saw(many, Instant::now());
+    let text = text(&drawn(&flow, 120, 30));
+    assert_eq!(text.matches("0x1").count(), 1 + 12, "{text}");
+    assert!(text.contains(" and 18 lines more"), "{text}");
+}
+
+#[test]
 fn no_size_of_terminal_is_too_small() {
     for (width, height) in [(1, 1), (10, 3), (40, 12), (80, 24), (300, 100)] {
         drawn(&seen(), width, height);
