@@ -10,10 +10,12 @@
 use super::stall::Stalls;
 use super::uffd::{Event, Message, Uffd, read_events};
 use super::waiters::Waiters;
+use crate::sync::Signal;
 use core::ffi::c_void;
 use core::mem::MaybeUninit;
 use core::ptr::null_mut;
 use core::sync::atomic::{AtomicI32, Ordering::*};
+use core::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{BorrowedFd, IntoRawFd};
 use rustix::io::Errno;
@@ -29,6 +31,8 @@ pub struct Monitor {
     bell: AtomicI32,
     pub(super) waiters: Waiters,
     pub(super) stalls: Stalls,
+    /// Raised by the thread when it runs.
+    awake: Signal,
 }
 
 impl Default for Monitor {
@@ -45,6 +49,7 @@ impl Monitor {
             bell: AtomicI32::new(-1),
             waiters: Waiters::new(),
             stalls: Stalls::new(),
+            awake: Signal::new(),
         }
     }
 
@@ -54,7 +59,14 @@ impl Monitor {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         self.uffd.store(uffd.as_raw(), Release);
         self.bell.store(bell.into_raw_fd(), Release);
-        spawn(self)
+        let asleep = self.awake.read();
+        spawn(self)?;
+        // On its way there the thread reads the C library's locale, which the
+        // program may have on its heap: nothing may move before it is here.
+        while self.awake.read() == asleep {
+            self.awake.wait(asleep, Duration::from_secs(1));
+        }
+        Ok(())
     }
 
     /// Readable when a thread began to wait.
@@ -65,6 +77,7 @@ impl Monitor {
     }
 
     fn run(&self) {
+        self.awake.raise();
         // SAFETY: the mover never closes its userfaultfd.
         let uffd = unsafe { BorrowedFd::borrow_raw(self.uffd.load(Acquire)) };
         let mut messages = [Message::EMPTY; 16];
@@ -120,5 +133,28 @@ fn spawn(monitor: &'static Monitor) -> Result<(), Errno> {
         let created = libc::pthread_create(id.as_mut_ptr(), attributes, thread, argument);
         libc::pthread_attr_destroy(attributes);
         check(created)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A program hung in its first move: the locale that it had set was in the
+    /// granule, and the C library reads the locale to start a thread, which
+    /// was the one to report who waits. So it runs before anything moves.
+    #[test]
+    fn it_runs_before_anything_moves() {
+        for _ in 0..20 {
+            let Ok(uffd) = Uffd::open(None) else {
+                println!("SKIPPED: no userfaultfd");
+                return;
+            };
+            // They are never closed: the thread has no end.
+            let uffd = core::mem::ManuallyDrop::new(uffd);
+            let monitor: &Monitor = Box::leak(Box::default());
+            monitor.start(&uffd).unwrap();
+            assert_ne!(monitor.awake.read(), 0);
+        }
     }
 }
