@@ -62,6 +62,20 @@ fn settle() {
     }
 }
 
+/// Stops the source, and says what it has lent when nothing is on its way.
+fn lent_for_good(source: &MemfdSource) -> u64 {
+    source.close(true);
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        let held = HEAP.stats().usage.extent_held;
+        if source.free_granules() as u64 * GRANULE as u64 + held == granules(GRANULES) {
+            return held;
+        }
+        assert!(Instant::now() < end, "{:?}", HEAP.stats());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 const fn granules(count: usize) -> u64 {
     (count * GRANULE) as u64
 }
@@ -124,9 +138,11 @@ fn what_is_refused_is_said() {
     // DRAM for some, and one that can't be moved: the rest stays where it is,
     // and each for its own reason.
     protect(blocks[0], MprotectFlags::READ);
-    let lent = HEAP.stats().usage.extent_held;
+    let lent = lent_for_good(source);
     let outcome = source.recall(4, all);
     protect(blocks[0], accessible);
+    source.close(false);
+    source.restore();
     let refused = |reason| outcome.refused.of(reason);
     assert_eq!(outcome.to_dram, granules(LIMIT), "{outcome:?}");
     assert_eq!(refused(Refusal::MappingChanged), granules(1), "{outcome:?}");
@@ -148,7 +164,7 @@ fn what_is_refused_is_said() {
     // No time, but the work goes on after it: two answers, of which the second
     // has what the first had not.
     settle();
-    let lent = HEAP.stats().usage.extent_held;
+    let lent = lent_for_good(source);
     let [first, last] = source.recall_past_deadline(5, all);
     assert!(first.more && !last.more, "{first:?} {last:?}");
     let late = first.refused.of(Refusal::Deadline);
