@@ -24,7 +24,7 @@ const COLUMNS: u16 = 132;
 
 /// Takes the pictures anew.
 pub(crate) fn run() -> Result<bool> {
-    packages::ensure(&["chromium", "fonts-dejavu-core", "bsdutils"])?;
+    packages::ensure(&["chromium", "fonts-dejavu-core", "bsdutils", "python3"])?;
     ensure!(build::release()?, "the release build failed");
     let pictures = workspace::root().join("docs/pictures");
     fs::create_dir_all(&pictures)?;

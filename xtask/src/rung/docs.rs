@@ -6,7 +6,7 @@ use super::Tally;
 use crate::{docs, man, packages, process, workspace};
 
 pub(super) fn run() -> Result<Tally> {
-    packages::ensure(&["gcc", "libc6-dev", "sqlite3", "git"])?;
+    packages::ensure(&["gcc", "libc6-dev", "sqlite3", "python3"])?;
     let mut tally = docs::try_pages(&[])?;
     let share = man::share();
     tally.check(

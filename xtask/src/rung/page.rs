@@ -13,7 +13,7 @@ use crate::{packages, workspace};
 const LIMIT: Duration = Duration::from_secs(90);
 
 pub(super) fn run() -> Result<Tally> {
-    packages::ensure(&["chromium", "fonts-dejavu-core"])?;
+    packages::ensure(&["chromium", "fonts-dejavu-core", "python3"])?;
     let mut tally = Tally::default();
     tally.check("the page shows a storm of releases", shows_a_storm());
     Ok(tally)
