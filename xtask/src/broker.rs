@@ -1,5 +1,7 @@
 //! A broker of its own, over a software device or a CXL device, for as long as the value lives.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -30,9 +32,16 @@ impl Broker {
         Self::over(&["--emulate", "1G", "--offer", offer], LIMIT)
     }
 
+    /// Serves a software device of `size`, all of which is added at once.
+    pub(crate) fn serve_all(size: &str) -> Result<Self> {
+        Self::over(&["--emulate", size, "--offer", size], LIMIT)
+    }
+
     /// Serves what `source`, options of `dcm serve`, names. It starts, and follows an order, within `limit`.
     pub(crate) fn over(source: &[&str], limit: Duration) -> Result<Self> {
         let dir = tempfile::tempdir()?;
+        // Programs of other users connect, too.
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755))?;
         let mut serve = Command::new(workspace::dcm());
         serve.arg("serve").args(source).arg("--socket");
         let mut process = Background::start(serve.arg(dir.path().join("broker.sock")))?;

@@ -4,6 +4,7 @@
 
 mod bench;
 mod broker;
+mod compat;
 mod demo;
 mod docs;
 mod guest;
@@ -42,6 +43,8 @@ enum Task {
     Demo,
     /// Compare with jemalloc on our workload programs; options as of `compare --help`
     Bench(bench::Options),
+    /// Judge programs by their own test suites, and write docs/compatibility.md
+    Compat(compat::Options),
     /// A machine with a CXL device, emulated by QEMU
     #[command(subcommand)]
     Guest(guest::Task),
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Task::Pictures => pictures::run(),
         Task::Demo => demo::run().map(|()| true),
         Task::Bench(options) => bench::run(&options),
+        Task::Compat(options) => compat::run(&options),
         Task::Guest(task) => guest::run(&task),
     };
     match result {

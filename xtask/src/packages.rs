@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::process;
+use crate::{process, workspace};
 
 /// Whether dpkg knows `package` as installed.
 fn installed(package: &str) -> bool {
@@ -85,6 +85,104 @@ pub(crate) fn download_backport(package: &str, dir: &Path) -> Result<PathBuf> {
     present(dir)?.with_context(|| format!("apt-get download left no {newest}"))
 }
 
+/// The installed version of `package`.
+pub(crate) fn version(package: &str) -> Result<String> {
+    let output = Command::new("dpkg-query")
+        .args(["--show", "--showformat=${Package} ${Version}", package])
+        .output()?;
+    ensure!(output.status.success(), "{package} is not installed");
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The source of `package`, downloaded, unpacked and patched as Debian builds it; where it lies.
+pub(crate) fn source(package: &str) -> Result<PathBuf> {
+    let place = workspace::target().join("sources");
+    let done = place.join(package);
+    if done.is_dir() {
+        return Ok(done);
+    }
+    ensure(&["dpkg-dev"])?;
+    know_sources()?;
+    fs::create_dir_all(&place)?;
+    eprintln!("downloading the source of {package}");
+    let mut download = apt(&["source", "--download-only", package]);
+    download
+        .current_dir(&place)
+        .args(["-o", "APT::Sandbox::User=root"]);
+    ensure!(
+        process::run_visibly(&mut download)?,
+        "apt-get source {package} failed"
+    );
+    let start = format!("{package}_");
+    let mut descriptions = Vec::new();
+    for entry in fs::read_dir(&place)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(&start) && name.ends_with(".dsc") {
+            descriptions.push(path);
+        }
+    }
+    descriptions.sort();
+    let description = descriptions.last();
+    let description = description.with_context(|| format!("apt-get left no {start}*.dsc"))?;
+    // Under its last name only when it is complete.
+    let unfinished = place.join(format!("{package}.unpacking"));
+    let _ = fs::remove_dir_all(&unfinished);
+    let mut unpack = Command::new("dpkg-source");
+    unpack
+        .args(["--no-check", "-q", "-x"])
+        .arg(description)
+        .arg(&unfinished);
+    ensure!(
+        process::run_visibly(&mut unpack)?,
+        "dpkg-source failed on {}",
+        description.display()
+    );
+    fs::rename(&unfinished, &done)?;
+    Ok(done)
+}
+
+/// The version of the source that [`source`] gives.
+pub(crate) fn source_version(package: &str) -> Result<String> {
+    let changelog = source(package)?.join("debian/changelog");
+    let text = fs::read_to_string(&changelog)?;
+    let version = text.split(['(', ')']).nth(1);
+    let version = version.with_context(|| format!("{} names none", changelog.display()))?;
+    Ok(format!("{package} {version}, source"))
+}
+
+/// Makes sure of `package` as the backports have it.
+pub(crate) fn ensure_backport(package: &str) -> Result<()> {
+    if installed(package) {
+        return Ok(());
+    }
+    let suite = backports()?;
+    if !rustix::process::geteuid().is_root() {
+        bail!(
+            "{package} is missing; as root, with the sources line \"{}\": apt-get install -t {suite} {package}",
+            sources_line(&suite)
+        );
+    }
+    know(&suite)?;
+    install(package, &["-t", &suite, package])
+}
+
+/// Makes this release's sources known to apt.
+fn know_sources() -> Result<()> {
+    let targets = Command::new("apt-get")
+        .args(["indextargets", "--format", "$(CREATED_BY)"])
+        .output()?;
+    if String::from_utf8_lossy(&targets.stdout)
+        .lines()
+        .any(|line| line == "Sources")
+    {
+        return Ok(());
+    }
+    let codename = codename()?;
+    let line = format!("deb-src http://deb.debian.org/debian {codename} main");
+    add_line(&format!("{codename}-source"), &line)
+}
+
 /// The one package that `package` depends on, or itself when there is none.
 fn depends(package: &str, suite: &str) -> Result<String> {
     let output = Command::new("apt-cache")
@@ -99,14 +197,19 @@ fn depends(package: &str, suite: &str) -> Result<String> {
     Ok(dependency.unwrap_or(package).to_owned())
 }
 
-/// The backports suite of this Debian release.
-fn backports() -> Result<String> {
+/// The name of this Debian release.
+fn codename() -> Result<String> {
     let release = fs::read_to_string("/etc/os-release")?;
-    let codename = release
+    release
         .lines()
         .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
-        .context("/etc/os-release names no release")?;
-    Ok(format!("{codename}-backports"))
+        .map(str::to_owned)
+        .context("/etc/os-release names no release")
+}
+
+/// The backports suite of this Debian release.
+fn backports() -> Result<String> {
+    Ok(format!("{}-backports", codename()?))
 }
 
 fn sources_line(suite: &str) -> String {
@@ -119,13 +222,16 @@ fn know(suite: &str) -> Result<()> {
     if String::from_utf8_lossy(&policy.stdout).contains(suite) {
         return Ok(());
     }
-    let line = sources_line(suite);
+    add_line(suite, &sources_line(suite))
+}
+
+/// Adds a line to apt's sources, in a file of its own.
+fn add_line(name: &str, line: &str) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
-        bail!(
-            "apt does not know {suite}; as root, add \"{line}\" to its sources, then: apt-get update"
-        );
+        bail!("as root, add \"{line}\" to the sources of apt, then: apt-get update");
     }
-    fs::write(format!("/etc/apt/sources.list.d/{suite}.list"), line + "\n")?;
+    let file = format!("/etc/apt/sources.list.d/{name}.list");
+    fs::write(file, format!("{line}\n"))?;
     ensure!(
         process::run_visibly(&mut apt(&["update"]))?,
         "apt-get update failed"

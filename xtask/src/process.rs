@@ -75,6 +75,16 @@ impl Background {
             .map_or_else(String::new, |(stdout, _)| stdout.so_far())
     }
 
+    /// The last lines that it has written to stderr.
+    pub(crate) fn stderr_tail(&self) -> String {
+        let Some((_, stderr)) = &self.output else {
+            return String::new();
+        };
+        let said = stderr.so_far();
+        let lines: Vec<&str> = said.lines().collect();
+        lines[lines.len().saturating_sub(6)..].join(" | ")
+    }
+
     /// Waits until `text` is on its stdout, at most `limit`.
     pub(crate) fn wait_for(&mut self, text: &str, limit: Duration) -> Result<()> {
         let deadline = Instant::now() + limit;

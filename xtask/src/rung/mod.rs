@@ -3,6 +3,7 @@
 pub(crate) mod build;
 mod capacity;
 mod clippy;
+mod compat;
 mod conformance;
 mod crash;
 mod crash_evacuation;
@@ -118,6 +119,11 @@ pub(crate) const ALL: &[Rung] = &[
         name: "guest",
         shows: "a CXL device of QEMU's under a stock kernel, with a broker and programs on it",
         run: guest::run,
+    },
+    Rung {
+        name: "compat",
+        shows: "programs by their own suites, forks and recalls (the whole: cargo xtask compat)",
+        run: compat::run,
     },
     Rung {
         name: "speed",

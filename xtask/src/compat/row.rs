@@ -1,0 +1,133 @@
+//! A program's line of the table.
+
+use anyhow::{Context, Result};
+
+use super::session::{Account, Way};
+use super::{Program, Results, Scale, Session};
+
+/// Least share of the heap, at its peak, that must lie on extents.
+const LEAST_SHARE: f64 = 0.90;
+/// Least share of what is held that a recall must take.
+const LEAST_TAKEN: f64 = 0.25;
+/// How many differences are told one by one.
+const TOLD: usize = 5;
+
+/// What is known of one program.
+#[derive(Debug)]
+pub(crate) struct Row {
+    pub(crate) program: &'static Program,
+    pub(crate) version: String,
+    /// What came of it without us, with us, and under recalls.
+    pub(crate) cells: Vec<String>,
+    pub(crate) failures: Vec<String>,
+}
+
+impl Row {
+    pub(super) fn new(program: &'static Program, version: String) -> Self {
+        Self {
+            program,
+            version,
+            cells: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
+    /// Runs the program in all three ways. Without us it must work; everything else is a finding.
+    pub(super) fn judge(&mut self, scale: Scale) -> Result<()> {
+        let (without, _) = once(self.program, Way::Without, scale)
+            .with_context(|| format!("{} fails without us", self.program.name))?;
+        self.cell(without.summary());
+        for way in [Way::With, Way::Recalled] {
+            match once(self.program, way, scale) {
+                Ok((results, account)) => self.compare(way, &results, &without, account),
+                Err(error) => {
+                    self.cell("failed".to_owned());
+                    self.failures.push(format!("{}: {error:#}", name(way)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn compare(
+        &mut self,
+        way: Way,
+        results: &Results,
+        without: &Results,
+        account: Option<Account>,
+    ) {
+        let mut failures = Vec::new();
+        let differences = results.differences(without);
+        let same = without.len().saturating_sub(differences.len());
+        let mut cell = format!("{same} of {} the same", without.len());
+        failures.extend(differences.iter().take(TOLD).cloned());
+        if differences.len() > TOLD {
+            failures.push(format!("and {} more", differences.len() - TOLD));
+        }
+        if let Some(account) = account {
+            let share = account.on_extents as f64 / account.live_peak.max(1) as f64;
+            match account.recalls {
+                None => {
+                    cell += &format!(
+                        "; {:.1} % of {} MiB on extents",
+                        share * 100.0,
+                        account.live_peak >> 20
+                    );
+                    if share < LEAST_SHARE {
+                        failures.push(format!(
+                            "only {:.1} % of the heap on extents",
+                            share * 100.0
+                        ));
+                    }
+                }
+                Some(recalls) => {
+                    cell += &format!(
+                        "; {} recalls took {:.0} % of what was held each, {} granules evacuated",
+                        recalls.count,
+                        recalls.share() * 100.0,
+                        recalls.moved >> 21,
+                    );
+                    eprintln!(
+                        "  recalls: {} MiB taken, {} MiB refused, slowest {} ms",
+                        recalls.taken >> 20,
+                        recalls.refused >> 20,
+                        recalls.slowest_ms
+                    );
+                    if recalls.share() < LEAST_TAKEN || recalls.moved == 0 {
+                        failures.push(format!(
+                            "recalls took only {:.0} % of what was held, and moved {} bytes",
+                            recalls.share() * 100.0,
+                            recalls.moved
+                        ));
+                    }
+                }
+            }
+            eprintln!(
+                "  {} processes, {} granules moved in all, degraded {:#x}",
+                account.processes, account.evacuated, account.degraded
+            );
+        }
+        self.cell(cell);
+        let tell = |failure| format!("{}: {failure}", name(way));
+        self.failures.extend(failures.into_iter().map(tell));
+    }
+
+    fn cell(&mut self, text: String) {
+        eprintln!("  {text}");
+        self.cells.push(text);
+    }
+}
+
+fn name(way: Way) -> &'static str {
+    match way {
+        Way::Without => "without us",
+        Way::With => "with us",
+        Way::Recalled => "under recalls",
+    }
+}
+
+fn once(program: &Program, way: Way, scale: Scale) -> Result<(Results, Option<Account>)> {
+    let session = Session::start(way, scale)?;
+    let results = (program.run)(&session)?;
+    Ok((results, session.end()?))
+}
