@@ -14,7 +14,7 @@ const LIMIT: Duration = Duration::from_secs(600);
 pub(super) const PROGRAM: Program = Program {
     name: "make",
     how: "`configure` and `make -j2` of memcached from Debian's source with gcc; every object file and program \
-          compared byte by byte",
+          compared byte by byte, but for those of the build for coverage",
     short: true,
     prepare,
     version: || {
@@ -47,14 +47,16 @@ fn run(session: &Session) -> Result<Results> {
     for entry in fs::read_dir(&place)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.ends_with(".o") || ["memcached", "memcached-debug"].contains(&&*name) {
+        // The debug build measures coverage: its objects hold the directory and a number by chance.
+        let counts = !name.starts_with("memcached_debug-");
+        if counts && (name.ends_with(".o") || name == "memcached") {
             let sum = process::run(Command::new("sha256sum").arg(&path), LIMIT)?;
             let sum = sum.stdout.split_whitespace().next().unwrap_or("none");
             results.add(name, sum);
         }
     }
     ensure!(
-        results.len() > 30,
+        results.len() > 20,
         "only {} files were built",
         results.len()
     );

@@ -1,6 +1,6 @@
 //! A program's line of the table.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::session::{Account, Way};
 use super::{Program, Results, Scale, Session};
@@ -36,6 +36,11 @@ impl Row {
     pub(super) fn judge(&mut self, scale: Scale) -> Result<()> {
         let (without, _) = once(self.program, Way::Without, scale)
             .with_context(|| format!("{} fails without us", self.program.name))?;
+        ensure!(
+            without.len() > 0,
+            "{} says nothing of its outcome",
+            self.program.name
+        );
         self.cell(without.summary());
         for way in [Way::With, Way::Recalled] {
             match once(self.program, way, scale) {
