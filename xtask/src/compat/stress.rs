@@ -44,7 +44,7 @@ fn run(session: &Session) -> Result<Results> {
     // What was read wrong is a line with `fail:`, and no success at the end.
     let told = format!("{}{}", finished.stdout, finished.stderr);
     for what in ["successful run completed", "fail:"] {
-        results.add(what, &told.contains(what).to_string());
+        results.add(what, told.contains(what).to_string());
     }
     Ok(results)
 }
