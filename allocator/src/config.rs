@@ -98,6 +98,18 @@ pub const KEYS: &[Key] = &[
         "what memory reads as that a device took by force, where no callback says otherwise",
     ),
     key(
+        "confirm_conf",
+        "true | false",
+        "false",
+        "whether the settings and where they come from are written to stderr at the start",
+    ),
+    key(
+        "stats_print",
+        "true | false",
+        "false",
+        "whether statistics are written to stderr, as a line of JSON, when the process ends",
+    ),
+    key(
         "verbose",
         "true | false",
         "false",
@@ -128,7 +140,11 @@ pub struct Config {
     pub return_after_ms: u32,
     /// Whether what is lost reads as zeroes, instead of raising SIGBUS.
     pub zero_lost: bool,
-    /// Whether anything may be written to stderr.
+    /// Whether the settings are written to stderr at the start.
+    pub confirm_conf: bool,
+    /// Whether statistics are written to stderr at the end.
+    pub stats_print: bool,
+    /// Whether anything else may be written to stderr.
     pub verbose: bool,
 }
 
@@ -145,6 +161,8 @@ impl Config {
         decay_ms: 250,
         return_after_ms: 500,
         zero_lost: false,
+        confirm_conf: false,
+        stats_print: false,
         verbose: false,
     };
 
@@ -185,6 +203,8 @@ impl Config {
                 "zero" => self.zero_lost = true,
                 _ => return Err(bad(key.values)),
             },
+            "confirm_conf" => self.confirm_conf = value.parse().map_err(|_| bad(key.values))?,
+            "stats_print" => self.stats_print = value.parse().map_err(|_| bad(key.values))?,
             _ => self.verbose = value.parse().map_err(|_| bad(key.values))?,
         }
         Ok(())
@@ -193,9 +213,83 @@ impl Config {
     /// Reads a whole string; what can't be read is skipped and counted.
     pub fn read(text: &str) -> (Self, u32) {
         let mut config = Self::DEFAULT;
-        let items = text.split(',').filter(|item| !item.trim().is_empty());
-        let refused = items.filter(|item| config.set(item).is_err()).count();
-        (config, refused as u32)
+        let refused = config.set_all(text);
+        (config, refused)
+    }
+
+    /// Reads the settings in a text over these; how many could not be read.
+    pub fn set_all(&mut self, text: &str) -> u32 {
+        items(text).filter(|item| self.set(item).is_err()).count() as u32
+    }
+
+    /// The value of a key, as [`Config::set`] reads it. `None`: no such key.
+    pub fn value(&self, name: &str) -> Option<String> {
+        let key = KEYS.iter().find(|key| key.name == name)?;
+        Some(Setting { config: self, key }.to_string())
+    }
+}
+
+/// The settings of a text, which are separated by commas or ends of lines.
+/// Lines that begin with `#` are none.
+pub fn items(text: &str) -> impl Iterator<Item = &str> {
+    let lines = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with('#'));
+    let items = lines.flat_map(|line| line.split(','));
+    items.map(str::trim).filter(|item| !item.is_empty())
+}
+
+/// One setting, without its key.
+struct Setting<'a> {
+    config: &'a Config,
+    key: &'a Key,
+}
+
+impl fmt::Display for Setting<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let config = self.config;
+        let limit = |f: &mut fmt::Formatter<'_>, bytes| match bytes {
+            u64::MAX => f.write_str("none"),
+            bytes => write!(f, "{bytes}"),
+        };
+        match self.key.name {
+            "placement" => match config.placement {
+                Placement::Dram => f.write_str("dram"),
+                Placement::Dc => f.write_str("dc"),
+                Placement::Size(bytes) => write!(f, "size={bytes}"),
+                Placement::Interleave(n) => write!(f, "interleave={n}"),
+            },
+            "on_exhausted" => match config.on_exhausted {
+                OnExhausted::Dram => f.write_str("dram"),
+                OnExhausted::Fail => f.write_str("fail"),
+                OnExhausted::Wait(ms) => write!(f, "wait={ms}"),
+            },
+            "dram_limit" => limit(f, config.dram_limit),
+            "spill_dir" => match &config.spill_dir {
+                None => f.write_str("none"),
+                Some(dir) => f.write_str(dir.as_c_str().to_str().unwrap_or("none")),
+            },
+            "spill_limit" => limit(f, config.spill_limit),
+            "io_dram" => write!(f, "{}", config.io_dram),
+            "promote" => write!(f, "{}", config.promote),
+            "decay" => write!(f, "{}", config.decay_ms),
+            "return_after" => write!(f, "{}", config.return_after_ms),
+            "on_lost" => f.write_str(if config.zero_lost { "zero" } else { "sigbus" }),
+            "confirm_conf" => write!(f, "{}", config.confirm_conf),
+            "stats_print" => write!(f, "{}", config.stats_print),
+            _ => write!(f, "{}", config.verbose),
+        }
+    }
+}
+
+/// `key:value,…` of all keys.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, key) in KEYS.iter().enumerate() {
+            let comma = if i > 0 { "," } else { "" };
+            write!(f, "{comma}{}:{}", key.name, Setting { config: self, key })?;
+        }
+        Ok(())
     }
 }
 
@@ -267,8 +361,7 @@ impl ConfigError<'_> {
         let Self::UnknownKey { name } = self else {
             return None;
         };
-        let distance = |key: &&Key| distance(key.name.as_bytes(), name.as_bytes());
-        KEYS.iter().min_by_key(distance).map(|key| key.name)
+        nearest(name, KEYS.iter().map(|key| key.name))
     }
 }
 
@@ -346,6 +439,11 @@ fn argument(value: &str) -> (&str, Option<&str>) {
     }
 }
 
+/// Of some names, the one that is nearest to `name`.
+pub fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    names.min_by_key(|known| distance(known.as_bytes(), name.as_bytes()))
+}
+
 /// Levenshtein distance of two short names.
 fn distance(a: &[u8], b: &[u8]) -> usize {
     const MAX: usize = 64;
@@ -402,6 +500,28 @@ mod tests {
                 .unwrap();
             assert_eq!(config, Config::DEFAULT, "{}", key.name);
         }
+    }
+
+    #[test]
+    fn what_is_written_can_be_read() {
+        let said = "placement:interleave=3,on_exhausted:wait=20,dram_limit:1G,spill_dir:/tmp,io_dram:false";
+        let config = Config::read(said).0;
+        let (again, refused) = Config::read(&config.to_string());
+        assert_eq!((again, refused), (config, 0), "{config}");
+        assert_eq!(
+            Config::read(&Config::DEFAULT.to_string()).0,
+            Config::DEFAULT
+        );
+        assert_eq!(config.value("on_exhausted").as_deref(), Some("wait=20"));
+        assert_eq!(config.value("on_exhaust"), None);
+    }
+
+    #[test]
+    fn a_file_has_lines_and_comments() {
+        let text = "# ours\n\n placement:dc\n  # decay:1\ndecay:7,return_after:8\r\nwrong\n";
+        let (config, refused) = Config::read(text);
+        assert_eq!((config.placement, config.decay_ms), (Placement::Dc, 7));
+        assert_eq!((config.return_after_ms, refused), (8, 1));
     }
 
     #[test]

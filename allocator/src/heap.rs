@@ -606,7 +606,7 @@ impl Heap {
     }
 
     /// Keeps forks away while the guard lives.
-    pub(crate) fn no_fork(&self) -> Guard<'_, ()> {
+    pub fn no_fork(&self) -> Guard<'_, ()> {
         self.forks.lock()
     }
 

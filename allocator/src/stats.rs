@@ -7,6 +7,7 @@ use crate::spill::SpillState;
 
 /// A heap at one moment. All in bytes unless the name says otherwise.
 #[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Stats {
     /// What the space holds, by backing, with peaks.
     pub usage: Usage,
@@ -74,6 +75,7 @@ impl Stats {
 
 /// How long threads waited for granules that moved, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Stalls {
     /// How often one waited (a count).
     pub count: u64,

@@ -21,9 +21,11 @@
 //! ([`process`]), which the preloaded library and the C interface both serve.
 
 mod broker_source;
+mod copies;
 mod leases;
 pub mod process;
 mod rejoin;
+pub mod settings;
 
 pub use allocator::{
     Arena, ArenaBuilder, ArenaError, ArenaStats, Config, DcMalloc, Heap, OnExhausted, Placement,

@@ -2,23 +2,26 @@
 //!
 //! | variable | says |
 //! |---|---|
-//! | `DCMALLOC_CONF` | settings, `key:value,…` (`allocator::config::KEYS`) |
+//! | `DCMALLOC_CONF`, `DCMALLOC_CONF_FILE` | [`crate::settings`] |
 //! | `DCM_SOCKET` | the broker's socket; default [`DEFAULT_SOCKET`] |
 //! | `DCM_RUN` | the `dcm run` that the process belongs to (a UUID) |
 //!
 //! They are read with secure_getenv(3): a set-user-ID program ignores them.
 
 use core::cell::UnsafeCell;
-use core::ffi::{CStr, c_char};
+use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicBool, Ordering};
 use std::sync::OnceLock;
 
 use dax_backend::broker::ConnectError;
 
-use allocator::{Config, DcMalloc, ExtentSource, Heap, Placement};
+use allocator::sync::Lock;
+use allocator::{DcMalloc, ExtentSource, Heap, Placement};
 
 use crate::broker_source::{BrokerSource, SourceError};
+use crate::copies;
+use crate::settings::{self, Line, environment, say};
 
 /// Where a broker for the whole machine listens.
 pub const DEFAULT_SOCKET: &CStr = c"/run/dcmalloc/broker.sock";
@@ -39,10 +42,11 @@ struct Address {
 const PATH: usize = 256;
 
 impl Address {
-    /// `None`: the path is too long for a socket.
-    fn from_environment() -> Option<Self> {
-        let text = environment(c"DCM_SOCKET").unwrap_or(DEFAULT_SOCKET);
-        let text = text.to_bytes_with_nul();
+    /// Of a socket, or of what the environment says. `None`: the path is too
+    /// long for a socket.
+    fn new(socket: Option<&CStr>) -> Option<Self> {
+        let socket = socket.or_else(|| environment(c"DCM_SOCKET"));
+        let text = socket.unwrap_or(DEFAULT_SOCKET).to_bytes_with_nul();
         let mut path = [0; PATH];
         path.get_mut(..text.len())?.copy_from_slice(text);
         Some(Self {
@@ -73,21 +77,90 @@ impl Source {
     }
 }
 
+/// Why the heap of the process can't be started, or can't be told something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// There is another heap of this kind in the process.
+    #[error(
+        "another copy of dcmalloc serves this process: link libdcmalloc.so everywhere, or the archive once"
+    )]
+    SecondCopy,
+    /// It has started, with the settings that it has.
+    #[error("the heap has started: settings are made before the first arena")]
+    Started,
+    /// It found no addresses.
+    #[error("the heap has no addresses to use (RLIMIT_AS): allow the process more")]
+    NoSpace,
+}
+
+/// Why the heap has no broker, or not that one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// The heap itself can't be started.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// No connection.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+}
+
+static STARTED: OnceLock<Result<(), StartError>> = OnceLock::new();
+
 /// Starts the heap and connects it to the broker, once; allocates nothing of
 /// its own. Without a broker the heap is in DRAM.
-pub fn start() {
-    let (config, refused) = environment(c"DCMALLOC_CONF").map_or((Config::DEFAULT, 0), |text| {
-        text.to_str().map_or((Config::DEFAULT, 1), Config::read)
-    });
+///
+/// # Errors
+/// See [`StartError`]; the engine then serves allocations from DRAM.
+pub fn start() -> Result<(), StartError> {
+    *STARTED.get_or_init(|| {
+        start_alone()?;
+        let config = HEAP.config();
+        if config.placement != Placement::Dram
+            && let Err(error) = connect(&HEAP, None)
+            && config.verbose
+        {
+            say(&format_args!("no extents, the heap stays in DRAM: {error}"));
+        }
+        Ok(())
+    })
+}
+
+fn start_alone() -> Result<(), StartError> {
+    copies::claim()?;
+    let (config, refused) = settings::read();
     HEAP.note_unknown_settings(refused);
-    if !HEAP.start(config) {
-        return;
+    match HEAP.start(config) {
+        true => Ok(()),
+        false => Err(StartError::NoSpace),
     }
-    if config.placement != Placement::Dram
-        && let Err(error) = connect(&HEAP)
-        && config.verbose
-    {
-        complain(&error);
+}
+
+/// Settings over those of the environment; the text has been
+/// [checked](crate::settings::check).
+///
+/// # Errors
+/// The heap has started.
+pub fn configure(text: &str) -> Result<(), StartError> {
+    if STARTED.get().is_some() {
+        return Err(StartError::Started);
+    }
+    settings::configure(text);
+    Ok(())
+}
+
+/// Starts the heap and connects it to the broker at `socket`; at `None`, to
+/// that of the environment or of the machine.
+///
+/// # Errors
+/// See [`AttachError`].
+pub fn attach_to(socket: Option<&CStr>) -> Result<(), AttachError> {
+    (*STARTED.get_or_init(start_alone))?;
+    let same = |found: &CStr| Address::new(socket).is_some_and(|address| address.path() == found);
+    match broker().is_some_and(same) {
+        true => Ok(()),
+        false => Ok(connect(&HEAP, socket)?),
     }
 }
 
@@ -112,26 +185,43 @@ pub fn start() {
 /// No broker, one that can't be trusted, or no memory for tables; it may be
 /// tried again. [`SourceError::Attached`] when a heap of this process has one.
 pub fn attach(heap: &'static DcMalloc) -> Result<(), SourceError> {
-    connect(heap.heap())
+    connect(heap.heap(), None)
 }
 
-fn connect(heap: &'static Heap) -> Result<(), SourceError> {
-    // There is one place for the source.
-    static TAKEN: AtomicBool = AtomicBool::new(false);
-    if TAKEN.swap(true, Ordering::AcqRel) {
+/// The socket of the broker that the heap is attached to.
+pub fn broker() -> Option<&'static CStr> {
+    BROKER.get().map(Address::path)
+}
+
+/// Says for the last time what the heap holds.
+pub fn end() {
+    static ENDED: AtomicBool = AtomicBool::new(false);
+    if !HEAP.is_started() || ENDED.swap(true, Ordering::Relaxed) {
+        return;
+    }
+    HEAP.publish();
+    if HEAP.config().stats_print {
+        let mut line = Line::<8192>::new();
+        // It has room for every number; nothing is lost that could be.
+        let _ = serde_json::to_writer(&mut line, &HEAP.stats());
+        line.print();
+    }
+}
+
+fn connect(heap: &'static Heap, socket: Option<&CStr>) -> Result<(), SourceError> {
+    static CONNECTING: Lock<()> = Lock::new(());
+    let _once = CONNECTING.lock();
+    let address = Address::new(socket).ok_or(ConnectError::Path)?;
+    if broker().is_some() {
         return Err(SourceError::Attached);
     }
-    connect_first(heap).inspect_err(|_| TAKEN.store(false, Ordering::Release))
-}
-
-fn connect_first(heap: &'static Heap) -> Result<(), SourceError> {
-    let address = Address::from_environment().ok_or(ConnectError::Path)?;
-    let address = BROKER.get_or_init(|| address);
     let source = BrokerSource::connect(address.path(), address.run)?;
-    // SAFETY: one thread is here, and nobody uses what an earlier attempt left.
+    // SAFETY: nothing is there yet: there is one place, for one heap.
     let source = unsafe { SOURCE.put(source) };
     heap.set_reconnect(reconnect);
-    heap.attach(source).map_err(SourceError::Window)
+    heap.attach(source).map_err(SourceError::Window)?;
+    let _ = BROKER.set(address);
+    Ok(())
 }
 
 /// A forked child's own connection, made on its worker. What is there is of no
@@ -143,19 +233,6 @@ fn reconnect() -> Option<&'static dyn ExtentSource> {
     Some(unsafe { SOURCE.put(source) })
 }
 
-/// What the environment says, if it may be trusted.
-fn environment(name: &CStr) -> Option<&'static CStr> {
-    unsafe extern "C" {
-        fn secure_getenv(name: *const c_char) -> *const c_char;
-    }
-    // SAFETY: a nul-terminated name; libc returns null or a string that stays
-    // for as long as the program leaves that variable alone, which it can't
-    // have touched before its constructors have run.
-    let value = unsafe { secure_getenv(name.as_ptr()) };
-    // SAFETY: as above.
-    (!value.is_null()).then(|| unsafe { CStr::from_ptr(value) })
-}
-
 /// The 32 hexadecimal digits of a UUID.
 fn run_id(text: &CStr) -> u128 {
     let digits = text
@@ -163,31 +240,4 @@ fn run_id(text: &CStr) -> u128 {
         .iter()
         .filter_map(|byte| char::from(*byte).to_digit(16));
     digits.fold(0, |id, digit| id << 4 | u128::from(digit))
-}
-
-/// One line on stderr, without the heap: the text goes into a fixed buffer.
-fn complain(error: &SourceError) {
-    use core::fmt::Write;
-    struct Line {
-        text: [u8; 256],
-        len: usize,
-    }
-    impl Write for Line {
-        fn write_str(&mut self, s: &str) -> core::fmt::Result {
-            let room = &mut self.text[self.len..];
-            let n = s.len().min(room.len());
-            room[..n].copy_from_slice(&s.as_bytes()[..n]);
-            self.len += n;
-            Ok(())
-        }
-    }
-    let mut line = Line {
-        text: [0; 256],
-        len: 0,
-    };
-    let _ = writeln!(
-        line,
-        "dcmalloc: no extents, the heap stays in DRAM: {error}"
-    );
-    let _ = rustix::io::write(rustix::stdio::stderr(), &line.text[..line.len]);
 }

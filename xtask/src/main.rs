@@ -9,6 +9,8 @@ mod demo;
 mod docs;
 mod guest;
 mod man;
+mod header;
+mod install;
 mod packages;
 mod pictures;
 mod process;
@@ -45,6 +47,10 @@ enum Task {
     Bench(bench::Options),
     /// Judge programs by their own test suites, and write docs/compatibility.md
     Compat(compat::Options),
+    /// Make include/dcmalloc.h from its source
+    Header(header::Options),
+    /// Install dcm, the libraries and the headers
+    Install(install::Options),
     /// A machine with a CXL device, emulated by QEMU
     #[command(subcommand)]
     Guest(guest::Task),
@@ -59,6 +65,8 @@ fn main() -> ExitCode {
         Task::Demo => demo::run().map(|()| true),
         Task::Bench(options) => bench::run(&options),
         Task::Compat(options) => compat::run(&options),
+        Task::Header(options) => header::run(&options),
+        Task::Install(options) => install::run(&options),
         Task::Guest(task) => guest::run(&task),
     };
     match result {

@@ -50,6 +50,7 @@ pub struct Arena {
 
 /// What an arena holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct ArenaStats {
     /// Bytes handed out, with what thread caches keep.
@@ -161,6 +162,30 @@ impl Arena {
         self.slot.id()
     }
 
+    /// How many arenas the process has.
+    pub fn count() -> usize {
+        table().count()
+    }
+
+    /// Its name.
+    pub fn name(&self) -> String {
+        self.slot.name()
+    }
+
+    /// Gives up the handle but not the arena, which stays until
+    /// [`Arena::from_id`] takes it back: for languages that know it by number.
+    pub fn into_id(self) -> u64 {
+        core::mem::ManuallyDrop::new(self).id()
+    }
+
+    /// The handle that [`Arena::into_id`] gave up. `None`: the arena has ended.
+    ///
+    /// # Safety
+    /// That number was given by `into_id`, and taken back by nobody yet.
+    pub unsafe fn from_id(id: u64) -> Option<Self> {
+        table().by_id(id).map(|slot| Self { slot })
+    }
+
     /// The heap that it is an arena of.
     pub fn heap(&self) -> &'static Heap {
         self.slot.heap()
@@ -228,7 +253,7 @@ impl Drop for Arena {
 impl core::fmt::Debug for Arena {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("Arena")
-            .field("name", &self.slot.name())
+            .field("name", &self.name())
             .field("id", &self.id())
             .finish()
     }

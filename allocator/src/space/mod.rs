@@ -58,6 +58,7 @@ const TOLD: u8 = 2;
 
 /// What the space holds, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Usage {
     /// In use by the engine, on extents.
     pub extent_live: u64,

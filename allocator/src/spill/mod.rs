@@ -25,6 +25,8 @@ use ring::Ring;
 /// Whether granules can be spilled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(u32)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 pub enum SpillState {
     /// `spill_dir` is not set, or nothing can be moved at all.
     #[default]

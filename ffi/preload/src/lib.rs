@@ -32,10 +32,11 @@ static START: extern "C" fn() = start;
 static END: extern "C" fn() = end;
 
 extern "C" fn start() {
-    standard::keep_errno(process::start);
+    // Where it can't be started the engine serves everything from DRAM.
+    let _ = standard::keep_errno(process::start);
     standard::started();
 }
 
 extern "C" fn end() {
-    standard::keep_errno(|| process::HEAP.publish());
+    standard::keep_errno(process::end);
 }

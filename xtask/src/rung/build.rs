@@ -15,13 +15,14 @@ pub(super) fn run() -> Result<Tally> {
     Ok(tally)
 }
 
-/// Builds `dcm`, the preload library, the comparison and the example for release.
+/// Builds `dcm`, the libraries, the comparison and the example for release.
 pub(crate) fn release() -> Result<bool> {
     let mut build = workspace::cargo();
     build.args(["build", "--quiet", "--release"]);
     for package in [
         "dcm",
         "dcmalloc-preload",
+        "dcmalloc-c",
         "dcmalloc-benches",
         "dcmalloc-examples",
     ] {

@@ -1,0 +1,305 @@
+/*
+ * dcmalloc: memory that can be taken back while it is in use.
+ *
+ * Made from ffi/c by `cargo xtask header`.
+ */
+
+#ifndef DCMALLOC_H
+#define DCMALLOC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/*
+ What a call came to. `dcm_last_error` says more.
+ */
+typedef enum dcm_status {
+  /*
+   Done.
+   */
+  DCM_OK = 0,
+  /*
+   An argument can't be meant: a null pointer, an alignment that is no
+   power of two, a size that overflows, a setting that is none.
+   */
+  DCM_INVALID = 1,
+  /*
+   No memory within the limits that hold.
+   */
+  DCM_NO_MEMORY = 2,
+  /*
+   There is no such arena: it has ended, or never was.
+   */
+  DCM_NO_ARENA = 3,
+  /*
+   The memory is not of an arena of this library.
+   */
+  DCM_FOREIGN = 4,
+  /*
+   Nothing has that name.
+   */
+  DCM_UNKNOWN = 5,
+  /*
+   It can be read only, or only be set before the heap has started.
+   */
+  DCM_READ_ONLY = 6,
+  /*
+   The value has another size.
+   */
+  DCM_SIZE = 7,
+  /*
+   There are as many as there can be.
+   */
+  DCM_TOO_MANY = 8,
+  /*
+   No broker, or it refused.
+   */
+  DCM_BROKER = 9,
+  /*
+   Another copy of the library serves this process.
+   */
+  DCM_SECOND_COPY = 10,
+  /*
+   The system refused a thread or addresses.
+   */
+  DCM_SYSTEM = 11,
+} dcm_status;
+
+/*
+ Extents are recalled, and what is unused is not enough.
+ */
+typedef struct dcm_pressure {
+  /*
+   Bytes that are still missing.
+   */
+  uint64_t bytes;
+  /*
+   For how many milliseconds dropping is of use; what is live then is moved.
+   */
+  uint64_t within_ms;
+} dcm_pressure;
+
+/*
+ Called under pressure, on a thread of the library's, one callback at a time:
+ time to free what can be made again. It may allocate, free and block; no
+ exception may leave it. Anything but 0 says that it failed, and is counted
+ (`stats.callback_panics`).
+ */
+typedef int (*dcm_pressure_fn)(void *context, const struct dcm_pressure *pressure);
+
+/*
+ What an arena is to be. All zero but `struct_size` is an arena with
+ everything on extents and no limit.
+ */
+typedef struct dcm_arena_params {
+  /*
+   `sizeof(struct dcm_arena_params)`.
+   */
+  size_t struct_size;
+  /*
+   For people, at most 32 bytes; null: none.
+   */
+  const char *name;
+  /*
+   Where allocations go, as the setting `placement` has it: `dc`, `dram`,
+   `size=64K`; null: `dc`.
+   */
+  const char *placement;
+  /*
+   What happens when no extent is left, as the setting `on_exhausted` has
+   it: `dram`, `fail`, `wait=MS`; null: what the heap does.
+   */
+  const char *on_exhausted;
+  /*
+   Bytes of pages that it may have; 0: any.
+   */
+  uint64_t limit;
+  /*
+   When extents are recalled, callbacks of low priority are called first.
+   */
+  int32_t priority;
+  /*
+   Called under pressure; null: not at all.
+   */
+  dcm_pressure_fn on_pressure;
+  /*
+   Passed to the callbacks.
+   */
+  void *context;
+} dcm_arena_params;
+
+/*
+ An arena: a number that no other arena of the process has or will have.
+ */
+typedef uint64_t dcm_arena;
+
+/*
+ No arena.
+ */
+#define DCM_NO_ARENA_ID 0
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/*
+ Makes an arena and writes its number to `arena`. `params` may be null.
+
+ The heap starts with the first call, from its settings; see `dcm_configure`.
+
+ # Safety
+ `params` is null or has as many bytes as its `struct_size` says, its texts
+ end with a nul, and its callbacks stay until `dcm_arena_destroy` has returned.
+ */
+enum dcm_status dcm_arena_create(const struct dcm_arena_params *params, dcm_arena *arena);
+
+/*
+ Ends an arena and frees all that was allocated from it, at once. A callback
+ of it that runs is waited for, unless it is the caller.
+
+ `DCM_NO_ARENA`: it has been ended before, and nothing was done.
+
+ # Safety
+ No other thread uses the arena or memory of it.
+ */
+enum dcm_status dcm_arena_destroy(dcm_arena arena);
+
+/*
+ Says `conf`, `key:value,…`, before the heap starts, which the first arena
+ makes it do. It holds over `DCMALLOC_CONF` and the configuration file. One
+ setting that is wrong makes all of it be refused.
+
+ # Safety
+ `conf` is null or a string that ends with a nul.
+ */
+enum dcm_status dcm_configure(const char *conf);
+
+/*
+ Connects to the broker that listens at `socket`, or at null to that of
+ `DCM_SOCKET` or of the machine. Without this the heap does so when it starts,
+ unless `placement` is `dram`, and stays in DRAM where that fails. The heap
+ stays with the broker that it found first.
+
+ # Safety
+ `socket` is null or a string that ends with a nul.
+ */
+enum dcm_status dcm_attach(const char *socket);
+
+/*
+ Gives back what is unused; 1 if there was something.
+ */
+int dcm_trim(void);
+
+/*
+ Has the broker give `bytes` back to the device, as `dcm release` does: from
+ whoever has them, this process included. Returns when there is a receipt,
+ after about `deadline_ms` at the latest; `dcm_receipt_json` has it. That less came
+ back than was asked for is no error, and in the receipt.
+ */
+enum dcm_status dcm_release(uint64_t bytes, uint64_t deadline_ms);
+
+/*
+ Writes the receipt of the last `dcm_release` as JSON and a nul, as far as
+ `size` bytes go; returns its length without the nul, as snprintf(3) does.
+
+ # Safety
+ `size` bytes can be written at `buffer`, which may be null if `size` is 0.
+ */
+size_t dcm_receipt_json(char *buffer, size_t size);
+
+/*
+ Writes what the heap holds as JSON and a nul; as `dcm_receipt_json`. The
+ same numbers are under `stats.` of `dcm_ctl`.
+
+ # Safety
+ As `dcm_receipt_json`.
+ */
+size_t dcm_stats_json(char *buffer, size_t size);
+
+/*
+ Reads, writes or does what `name` says.
+
+ A number is a `uint64_t`; `*oldlenp` is then 8. A text is written with its
+ nul, `*oldlenp` being the room for it at first and what it takes afterwards;
+ if that is more, nothing is written and `DCM_SIZE` returned. `oldp` is null where nothing is to
+ be read. A new value is text, `newlen` bytes of it with or without its nul. An action takes
+ and returns nothing.
+
+ # Safety
+ `name` is a string; `*oldlenp` bytes can be written at `oldp`, `newlen`
+ bytes read at `newp`; a null pointer is either not given or refused.
+ */
+enum dcm_status dcm_ctl(const char *name,
+                        void *oldp,
+                        size_t *oldlenp,
+                        const void *newp,
+                        size_t newlen);
+
+/*
+ What a status means, in a few words; a static string, never null.
+ */
+const char *dcm_strerror(int status);
+
+/*
+ What the calling thread's last call that failed refused, why, and what to
+ do; empty if none has. Valid until the thread's next call that fails.
+ */
+const char *dcm_last_error(void);
+
+/*
+ `size` bytes from `arena`, aligned as malloc(3) does. A size of 0 is served
+ as 1. Null, with errno ENOMEM or EINVAL, if there is no memory within the
+ arena's limit or no such arena.
+ */
+void *dcm_malloc(dcm_arena arena, size_t size);
+
+/*
+ `count` times `size` bytes, all zero; as `dcm_malloc`.
+ */
+void *dcm_calloc(dcm_arena arena, size_t count, size_t size);
+
+/*
+ `size` bytes at a multiple of `align`, which is a power of two; as
+ `dcm_malloc`.
+ */
+void *dcm_aligned_alloc(dcm_arena arena, size_t align, size_t size);
+
+/*
+ Gives memory of `arena` another size, perhaps at another address. A null
+ `ptr` is as `dcm_malloc`; a size of 0 is served as 1. Null if that can't be
+ done, and then the memory is as it was.
+
+ # Safety
+ `ptr` is null, or live and from this library; what is of no arena of it is
+ refused.
+ */
+void *dcm_realloc(dcm_arena arena, void *ptr, size_t size);
+
+/*
+ Frees memory of any arena. Null is fine. `DCM_FOREIGN`: it is none of an
+ arena's that lives, and nothing was done.
+
+ # Safety
+ `ptr` is null, or from this library and not freed yet.
+ */
+enum dcm_status dcm_free(void *ptr);
+
+/*
+ Bytes that may be used at `ptr`, at least what was asked for; 0 for null and
+ for what is of no arena.
+
+ # Safety
+ `ptr` is null, or from this library and not freed yet.
+ */
+size_t dcm_usable_size(const void *ptr);
+
+/*
+ The arena that an address lies in; `DCM_NO_ARENA_ID`: none.
+ */
+dcm_arena dcm_arena_of(const void *ptr);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* DCMALLOC_H */
