@@ -63,6 +63,10 @@ typedef enum dcm_status {
    The system refused a thread or addresses.
    */
   DCM_SYSTEM = 11,
+  /*
+   There is no such pin: it has ended, or never was.
+   */
+  DCM_NO_PIN = 12,
 } dcm_status;
 
 /*
@@ -134,6 +138,11 @@ typedef struct dcm_arena_params {
 typedef uint64_t dcm_arena;
 
 /*
+ A pin: a number that no other pin of the process has or will have.
+ */
+typedef uint64_t dcm_pin_id;
+
+/*
  No arena.
  */
 #define DCM_NO_ARENA_ID 0
@@ -147,7 +156,7 @@ extern "C" {
 
  The heap starts with the first call, from its settings; see `dcm_configure`.
 
- # Safety
+ Required:
  `params` is null or has as many bytes as its `struct_size` says, its texts
  end with a nul, and its callbacks stay until `dcm_arena_destroy` has returned.
  */
@@ -159,7 +168,7 @@ enum dcm_status dcm_arena_create(const struct dcm_arena_params *params, dcm_aren
 
  `DCM_NO_ARENA`: it has been ended before, and nothing was done.
 
- # Safety
+ Required:
  No other thread uses the arena or memory of it.
  */
 enum dcm_status dcm_arena_destroy(dcm_arena arena);
@@ -169,7 +178,7 @@ enum dcm_status dcm_arena_destroy(dcm_arena arena);
  makes it do. It holds over `DCMALLOC_CONF` and the configuration file. One
  setting that is wrong makes all of it be refused.
 
- # Safety
+ Required:
  `conf` is null or a string that ends with a nul.
  */
 enum dcm_status dcm_configure(const char *conf);
@@ -180,7 +189,7 @@ enum dcm_status dcm_configure(const char *conf);
  unless `placement` is `dram`, and stays in DRAM where that fails. The heap
  stays with the broker that it found first.
 
- # Safety
+ Required:
  `socket` is null or a string that ends with a nul.
  */
 enum dcm_status dcm_attach(const char *socket);
@@ -202,7 +211,7 @@ enum dcm_status dcm_release(uint64_t bytes, uint64_t deadline_ms);
  Writes the receipt of the last `dcm_release` as JSON and a nul, as far as
  `size` bytes go; returns its length without the nul, as snprintf(3) does.
 
- # Safety
+ Required:
  `size` bytes can be written at `buffer`, which may be null if `size` is 0.
  */
 size_t dcm_receipt_json(char *buffer, size_t size);
@@ -211,7 +220,7 @@ size_t dcm_receipt_json(char *buffer, size_t size);
  Writes what the heap holds as JSON and a nul; as `dcm_receipt_json`. The
  same numbers are under `stats.` of `dcm_ctl`.
 
- # Safety
+ Required:
  As `dcm_receipt_json`.
  */
 size_t dcm_stats_json(char *buffer, size_t size);
@@ -225,7 +234,7 @@ size_t dcm_stats_json(char *buffer, size_t size);
  be read. A new value is text, `newlen` bytes of it with or without its nul. An action takes
  and returns nothing.
 
- # Safety
+ Required:
  `name` is a string; `*oldlenp` bytes can be written at `oldp`, `newlen`
  bytes read at `newp`; a null pointer is either not given or refused.
  */
@@ -269,7 +278,7 @@ void *dcm_aligned_alloc(dcm_arena arena, size_t align, size_t size);
  `ptr` is as `dcm_malloc`; a size of 0 is served as 1. Null if that can't be
  done, and then the memory is as it was.
 
- # Safety
+ Required:
  `ptr` is null, or live and from this library; what is of no arena of it is
  refused.
  */
@@ -279,7 +288,7 @@ void *dcm_realloc(dcm_arena arena, void *ptr, size_t size);
  Frees memory of any arena. Null is fine. `DCM_FOREIGN`: it is none of an
  arena's that lives, and nothing was done.
 
- # Safety
+ Required:
  `ptr` is null, or from this library and not freed yet.
  */
 enum dcm_status dcm_free(void *ptr);
@@ -288,7 +297,7 @@ enum dcm_status dcm_free(void *ptr);
  Bytes that may be used at `ptr`, at least what was asked for; 0 for null and
  for what is of no arena.
 
- # Safety
+ Required:
  `ptr` is null, or from this library and not freed yet.
  */
 size_t dcm_usable_size(const void *ptr);
@@ -297,6 +306,24 @@ size_t dcm_usable_size(const void *ptr);
  The arena that an address lies in; `DCM_NO_ARENA_ID`: none.
  */
 dcm_arena dcm_arena_of(const void *ptr);
+
+/*
+ Keeps `len` bytes at `ptr` where they are until `dcm_unpin`: they are not
+ moved, spilled or given back, as it must be while a device reads or writes
+ them by itself. They may be of any arena, or of the preloaded malloc. Pins
+ are counted for each 2 MiB, and may overlap. Waits for a move that is under way.
+
+ `DCM_FOREIGN`: not all of it is in use in this heap.
+
+ Required:
+ `pin` can be written.
+ */
+enum dcm_status dcm_pin(const void *ptr, size_t len, dcm_pin_id *pin);
+
+/*
+ Ends a pin. `DCM_NO_PIN`: it has ended before, and nothing was done.
+ */
+enum dcm_status dcm_unpin(dcm_pin_id pin);
 
 #ifdef __cplusplus
 }  // extern "C"

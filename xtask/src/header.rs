@@ -69,5 +69,6 @@ fn generate() -> Result<String> {
         .context("cbindgen")?;
     let mut text = Vec::new();
     bindings.write(&mut text);
-    Ok(String::from_utf8(text)?)
+    // What a Rust reader expects under that heading.
+    Ok(String::from_utf8(text)?.replace("# Safety", "Required:"))
 }

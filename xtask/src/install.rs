@@ -47,10 +47,7 @@ pub(crate) fn install(prefix: &Path, root: &Path) -> Result<()> {
         fs::create_dir_all(dir).with_context(|| format!("can't make {}", dir.display()))?;
     }
     copy(&workspace::dcm(), &bin.join("dcm"))?;
-    copy(
-        &workspace::preload(),
-        &lib.join("libdcmalloc_preload.so"),
-    )?;
+    copy(&workspace::preload(), &lib.join("libdcmalloc_preload.so"))?;
     let archive = lib.join("libdcmalloc.a");
     copy(&workspace::release("libdcmalloc_c.a"), &archive)?;
     let library = format!("libdcmalloc.so.{VERSION}");
@@ -89,7 +86,12 @@ fn link(archive: &Path, library: &Path) -> Result<()> {
     let mut cc = Command::new("cc");
     cc.args(["-shared", "-Wl,--whole-archive"])
         .arg(archive)
-        .args(["-Wl,--no-whole-archive", "-Wl,--gc-sections", "-Wl,-z,nodelete", "-Wl,-z,relro,-z,now"])
+        .args([
+            "-Wl,--no-whole-archive",
+            "-Wl,--gc-sections",
+            "-Wl,-z,nodelete",
+            "-Wl,-z,relro,-z,now",
+        ])
         .arg(format!("-Wl,-soname,{SONAME}"))
         .arg(format!("-Wl,--version-script={}", script.display()))
         .args(["-lm", "-ldl", "-lpthread", "-lgcc_s", "-o"])

@@ -185,7 +185,7 @@ unsafe fn read(params: *const dcm_arena_params) -> Result<dcm_arena_params, Erro
 }
 
 /// What the structure had in version 0.1.
-const FIRST_SIZE: usize = 72;
+const FIRST_SIZE: usize = 64;
 const MAX_SIZE: usize = 4096;
 
 unsafe fn builder(heap: &'static Heap, params: &dcm_arena_params) -> Result<ArenaBuilder, Error> {

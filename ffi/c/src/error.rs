@@ -4,7 +4,7 @@ use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char, c_int};
 use core::fmt::{self, Write};
 
-use allocator::ArenaError;
+use allocator::{ArenaError, PinError};
 use dcmalloc::process::StartError;
 
 /// What a call came to. `dcm_last_error` says more.
@@ -36,11 +36,13 @@ pub enum dcm_status {
     DCM_SECOND_COPY = 10,
     /// The system refused a thread or addresses.
     DCM_SYSTEM = 11,
+    /// There is no such pin: it has ended, or never was.
+    DCM_NO_PIN = 12,
 }
 
 use dcm_status::{
-    DCM_BROKER, DCM_FOREIGN, DCM_INVALID, DCM_NO_ARENA, DCM_NO_MEMORY, DCM_OK, DCM_READ_ONLY,
-    DCM_SECOND_COPY, DCM_SIZE, DCM_SYSTEM, DCM_TOO_MANY, DCM_UNKNOWN,
+    DCM_BROKER, DCM_FOREIGN, DCM_INVALID, DCM_NO_ARENA, DCM_NO_MEMORY, DCM_NO_PIN, DCM_OK,
+    DCM_READ_ONLY, DCM_SECOND_COPY, DCM_SIZE, DCM_SYSTEM, DCM_TOO_MANY, DCM_UNKNOWN,
 };
 
 /// Why a call was refused.
@@ -68,6 +70,10 @@ pub(crate) enum Error {
         needed: usize,
         given: usize,
     },
+    #[error("there is no pin {0}: it has ended, or never was")]
+    NoPin(u64),
+    #[error(transparent)]
+    Pin(#[from] PinError),
     #[error(transparent)]
     Arena(#[from] ArenaError),
     #[error(transparent)]
@@ -86,6 +92,11 @@ impl Error {
             Self::Unknown { .. } => DCM_UNKNOWN,
             Self::ReadOnly(_) => DCM_READ_ONLY,
             Self::Size { .. } => DCM_SIZE,
+            Self::NoPin(_) => DCM_NO_PIN,
+            Self::Pin(PinError::Empty) => DCM_INVALID,
+            Self::Pin(PinError::Foreign { .. }) => DCM_FOREIGN,
+            Self::Pin(PinError::TooMany) => DCM_TOO_MANY,
+            Self::Pin(_) => DCM_NO_MEMORY,
             Self::Arena(ArenaError::TooMany) => DCM_TOO_MANY,
             Self::Arena(ArenaError::Engine) => DCM_NO_MEMORY,
             Self::Arena(ArenaError::NoSpace | ArenaError::Thread(_)) => DCM_SYSTEM,
@@ -177,7 +188,7 @@ pub(crate) unsafe fn text<'a>(text: *const c_char, what: &'static str) -> Result
 /// What a status means, in a few words; a static string, never null.
 #[unsafe(no_mangle)]
 pub extern "C" fn dcm_strerror(status: c_int) -> *const c_char {
-    const TEXTS: [&CStr; 12] = [
+    const TEXTS: [&CStr; 13] = [
         c"done",
         c"an argument can't be meant",
         c"no memory within the limits that hold",
@@ -190,6 +201,7 @@ pub extern "C" fn dcm_strerror(status: c_int) -> *const c_char {
         c"no broker, or it refused",
         c"another copy of the library serves this process",
         c"the system refused a thread or addresses",
+        c"there is no such pin",
     ];
     let text = usize::try_from(status)
         .ok()

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`arena`] | making and ending arenas |
 //! | [`memory`] | allocations in them |
+//! | [`pin`] | memory that stays where it is |
 //! | [`broker`] | connecting, giving back, receipts |
 //! | [`ctl`] | one name for each number and setting |
 //! | [`error`] | status codes and texts |
@@ -17,6 +18,7 @@ pub mod broker;
 pub mod ctl;
 pub mod error;
 pub mod memory;
+pub mod pin;
 
 use allocator::Heap;
 use dcmalloc::process;

@@ -5,6 +5,7 @@
 //! | [`standard`] | malloc(3), posix_memalign(3) and their C23 and glibc kin |
 //! | [`introspect`] | mallinfo2(3), malloc_trim(3), malloc_info(3) … answering for our heap |
 //! | [`jemalloc`] | jemalloc's own names: a program linked against it must not mix two heaps |
+//! | `dcmalloc_c` | what `dcmalloc.h` declares: a program linked to libdcmalloc.so gets it from here |
 //!
 //! The complete list is `symbols.txt`; a test compares it with `nm -D`. The
 //! C++ operators are libstdc++'s own, which call `malloc`.
@@ -17,6 +18,9 @@
 pub mod introspect;
 pub mod jemalloc;
 pub mod standard;
+
+// For the functions that it exports.
+use dcmalloc_c as _;
 
 use dcmalloc::process;
 

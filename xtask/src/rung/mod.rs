@@ -9,6 +9,7 @@ mod crash;
 mod crash_evacuation;
 mod docs;
 mod forced;
+mod faces;
 mod format;
 mod guest;
 mod hazards;
@@ -72,8 +73,13 @@ pub(crate) const ALL: &[Rung] = &[
     },
     Rung {
         name: "symbols",
-        shows: "the preload library exports its list of names, no more and no less",
+        shows: "each library exports its list of names, no more and no less",
         run: symbols::run,
+    },
+    Rung {
+        name: "faces",
+        shows: "C, C++ and Rust behave alike, with two compilers, sanitizers and valgrind",
+        run: faces::run,
     },
     Rung {
         name: "conformance",

@@ -1,0 +1,196 @@
+//! The faces of the library: one suite of behaviours in C, C++ and Rust, against the installed library,
+//! with both compilers, under the address sanitizer and under valgrind.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::Tally;
+use crate::broker::Broker;
+use crate::{header, install, packages, process, workspace};
+
+const LIMIT: Duration = Duration::from_secs(150);
+const PACKAGES: [&str; 6] = ["gcc", "g++", "clang", "libc6-dev", "pkg-config", "valgrind"];
+const SANITIZE: &str = "-fsanitize=address,undefined";
+/// What the suite's broker offers; its checks count on it.
+const OFFER: &str = "256M";
+
+/// One way to compile and run the programs.
+struct Way {
+    name: &'static str,
+    /// For C, and for C++.
+    compilers: [&'static str; 2],
+    flags: &'static [&'static str],
+    valgrind: bool,
+}
+
+const WAYS: [Way; 4] = [
+    Way {
+        name: "gcc",
+        compilers: ["gcc", "g++"],
+        flags: &["-O2"],
+        valgrind: false,
+    },
+    Way {
+        name: "gcc with sanitizers",
+        compilers: ["gcc", "g++"],
+        flags: &["-O1", SANITIZE, "-fno-sanitize-recover=all"],
+        valgrind: false,
+    },
+    Way {
+        name: "clang",
+        compilers: ["clang", "clang++"],
+        flags: &["-O2"],
+        valgrind: false,
+    },
+    Way {
+        name: "clang under valgrind",
+        compilers: ["clang", "clang++"],
+        flags: &["-O1", "-gdwarf-4"],
+        valgrind: true,
+    },
+];
+
+pub(super) fn run() -> Result<Tally> {
+    packages::ensure(&PACKAGES)?;
+    let mut tally = Tally::default();
+    tally.check("header", current_header());
+    let prefix = workspace::target().join("faces");
+    install::install(&prefix, &prefix)?;
+    let behaviours = behaviours()?;
+    for way in &WAYS {
+        for (source, compiler) in ["suite.c", "suite.cpp"].iter().zip(way.compilers) {
+            let what = format!("{source} ({})", way.name);
+            let judged = compile(&prefix, source, compiler, way)
+                .and_then(|program| judge(&program, &prefix, way.valgrind, &behaviours));
+            book(&mut tally, &what, judged);
+        }
+    }
+    Ok(tally)
+}
+
+fn current_header() -> Result<()> {
+    ensure!(
+        header::is_current()?,
+        "include/dcmalloc.h is not what ffi/c says: cargo xtask header"
+    );
+    Ok(())
+}
+
+/// The names that every suite reports, in this order.
+fn behaviours() -> Result<Vec<String>> {
+    let list = fs::read_to_string(sources().join("behaviours.txt"))?;
+    let names = list.lines().filter(|line| !line.starts_with('#'));
+    Ok(names.map(str::to_owned).collect())
+}
+
+fn sources() -> PathBuf {
+    workspace::root().join("ffi/c/tests")
+}
+
+fn book(tally: &mut Tally, what: &str, judged: Result<BTreeMap<String, String>>) {
+    match judged {
+        Err(error) => tally.fail(what, format!("{error:#}")),
+        Ok(verdicts) => {
+            for (name, verdict) in verdicts {
+                match verdict.strip_prefix("SKIPPED") {
+                    Some(reason) => tally.skip(
+                        format!("{what}: {name}"),
+                        reason.trim_start_matches([':', ' ']),
+                    ),
+                    None if verdict == "ok" => tally.pass(),
+                    None => tally.fail(format!("{what}: {name}"), verdict),
+                }
+            }
+        }
+    }
+}
+
+/// Compiles a program against what is installed below `prefix`.
+fn compile(prefix: &Path, source: &str, compiler: &str, way: &Way) -> Result<PathBuf> {
+    let mut pkg_config = Command::new("pkg-config");
+    pkg_config
+        .args(["--cflags", "--libs", "dcmalloc"])
+        .env("PKG_CONFIG_PATH", prefix.join("lib/pkgconfig"));
+    let flags = process::run(&mut pkg_config, LIMIT)?;
+    ensure!(flags.success(), "pkg-config: {}", flags.stderr.trim());
+    let standard = match source.ends_with(".cpp") {
+        true => "-std=c++17",
+        false => "-std=c11",
+    };
+    let program = prefix.join(format!("{source}-{}", way.name.replace(' ', "-")));
+    let mut compile = Command::new(compiler);
+    compile
+        .args([
+            standard,
+            "-D_GNU_SOURCE",
+            "-g",
+            "-pthread",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+        ])
+        .args(way.flags)
+        .current_dir(sources())
+        .arg(source)
+        .arg("-o")
+        .arg(&program)
+        .args(flags.stdout.split_whitespace())
+        .arg("-ldl");
+    let compiled = process::run(&mut compile, LIMIT)?;
+    let said: Vec<&str> = compiled.stderr.lines().take(6).collect();
+    ensure!(compiled.success(), "{compiler}: {}", said.join(" | "));
+    Ok(program)
+}
+
+/// Runs a suite over a broker of its own; its verdicts by name.
+fn judge(
+    program: &Path,
+    prefix: &Path,
+    valgrind: bool,
+    behaviours: &[String],
+) -> Result<BTreeMap<String, String>> {
+    let broker = Broker::serve(OFFER)?;
+    let mut run = runner(program, valgrind);
+    run.env("LD_LIBRARY_PATH", prefix.join("lib"))
+        .env("DCM_SOCKET", broker.socket());
+    let finished = process::run(&mut run, LIMIT)?;
+    let mut verdicts = Vec::new();
+    for line in finished.stdout.lines() {
+        let (verdict, rest) = line.split_once(' ').context("a line of one word")?;
+        let (name, why) = rest.split_once(": ").unwrap_or((rest, ""));
+        let verdict = match why {
+            "" => verdict.to_owned(),
+            why => format!("{verdict}: {why}"),
+        };
+        verdicts.push((name.to_owned(), verdict));
+    }
+    let failed = verdicts
+        .iter()
+        .any(|(_, verdict)| verdict.starts_with("FAILED"));
+    if !finished.success() && !failed {
+        let said: Vec<&str> = finished.stderr.lines().take(12).collect();
+        let last = verdicts.last().map_or("", |(name, _)| name);
+        bail!("{} after {last}: {}", finished.ending(), said.join(" | "));
+    }
+    let names: Vec<&String> = verdicts.iter().map(|(name, _)| name).collect();
+    ensure!(
+        names.iter().copied().eq(behaviours),
+        "not the behaviours of behaviours.txt, but {names:?}"
+    );
+    Ok(verdicts.into_iter().collect())
+}
+
+fn runner(program: &Path, valgrind: bool) -> Command {
+    if !valgrind {
+        return Command::new(program);
+    }
+    let mut run = Command::new("valgrind");
+    run.args(["--quiet", "--error-exitcode=9", "--leak-check=no"])
+        .arg(program);
+    run
+}
