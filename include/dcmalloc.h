@@ -92,6 +92,24 @@ typedef struct dcm_pressure {
 typedef int (*dcm_pressure_fn)(void *context, const struct dcm_pressure *pressure);
 
 /*
+ Content of an arena was lost: a device took its memory by force, or found
+ it broken.
+ */
+typedef struct dcm_lost {
+  /*
+   Bytes that read as zeroes now, since the last call.
+   */
+  uint64_t bytes;
+} dcm_lost;
+
+/*
+ Called when content was lost; as `dcm_pressure_fn`. With this, what is lost
+ reads as zeroes; without it, touching it raises SIGBUS, unless the setting
+ `on_lost` says otherwise.
+ */
+typedef int (*dcm_lost_fn)(void *context, const struct dcm_lost *lost);
+
+/*
  What an arena is to be. All zero but `struct_size` is an arena with
  everything on extents and no limit.
  */
@@ -126,6 +144,10 @@ typedef struct dcm_arena_params {
    Called under pressure; null: not at all.
    */
   dcm_pressure_fn on_pressure;
+  /*
+   Called when content was lost; null: not at all.
+   */
+  dcm_lost_fn on_lost;
   /*
    Passed to the callbacks.
    */

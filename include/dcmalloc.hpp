@@ -64,12 +64,19 @@ public:
         return on_pressure_ = std::move(callback), *this;
     }
 
+    /* Called with the bytes that read as zeroes now, because a device took them by force. */
+    params &on_lost(std::function<void(std::uint64_t)> callback)
+    {
+        return on_lost_ = std::move(callback), *this;
+    }
+
 private:
     friend class arena;
     std::string name_, placement_, on_exhausted_;
     std::uint64_t limit_ = 0;
     std::int32_t priority_ = 0;
     std::function<void(const pressure &)> on_pressure_;
+    std::function<void(std::uint64_t)> on_lost_;
 };
 
 /* An arena. Its memory goes, all of it at once, when this is destroyed: containers of it go first. */
@@ -87,6 +94,8 @@ public:
         wanted.priority = params_->priority_;
         if (params_->on_pressure_)
             wanted.on_pressure = pressed;
+        if (params_->on_lost_)
+            wanted.on_lost = lost;
         wanted.context = params_.get();
         check(dcm_arena_create(&wanted, &id_));
     }
@@ -112,6 +121,16 @@ private:
         try {
             static_cast<class params *>(context)->on_pressure_(
                 pressure{asked->bytes, std::chrono::milliseconds(asked->within_ms)});
+            return 0;
+        } catch (...) {
+            return -1;
+        }
+    }
+
+    static int lost(void *context, const dcm_lost *lost) noexcept
+    {
+        try {
+            static_cast<class params *>(context)->on_lost_(lost->bytes);
             return 0;
         } catch (...) {
             return -1;

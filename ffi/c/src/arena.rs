@@ -5,7 +5,7 @@ use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use allocator::{Arena, ArenaBuilder, Heap, MAX_ARENAS, Pressure};
+use allocator::{Arena, ArenaBuilder, Heap, Lost, MAX_ARENAS, Pressure};
 use dcmalloc::process::HEAP;
 
 use crate::error::{Error, dcm_status, status, text};
@@ -34,6 +34,21 @@ pub struct dcm_pressure {
 pub type dcm_pressure_fn =
     Option<unsafe extern "C" fn(context: *mut c_void, pressure: *const dcm_pressure) -> c_int>;
 
+/// Content of an arena was lost: a device took its memory by force, or found
+/// it broken.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct dcm_lost {
+    /// Bytes that read as zeroes now, since the last call.
+    pub bytes: u64,
+}
+
+/// Called when content was lost; as `dcm_pressure_fn`. With this, what is lost
+/// reads as zeroes; without it, touching it raises SIGBUS, unless the setting
+/// `on_lost` says otherwise.
+pub type dcm_lost_fn =
+    Option<unsafe extern "C" fn(context: *mut c_void, lost: *const dcm_lost) -> c_int>;
+
 /// What an arena is to be. All zero but `struct_size` is an arena with
 /// everything on extents and no limit.
 #[repr(C)]
@@ -55,6 +70,8 @@ pub struct dcm_arena_params {
     pub priority: i32,
     /// Called under pressure; null: not at all.
     pub on_pressure: dcm_pressure_fn,
+    /// Called when content was lost; null: not at all.
+    pub on_lost: dcm_lost_fn,
     /// Passed to the callbacks.
     pub context: *mut c_void,
 }
@@ -62,6 +79,7 @@ pub struct dcm_arena_params {
 /// An arena's callbacks, which may be running while it is ended.
 struct Callbacks {
     on_pressure: dcm_pressure_fn,
+    on_lost: dcm_lost_fn,
     context: *mut c_void,
     /// The process that the arena was made in.
     process: u32,
@@ -107,6 +125,7 @@ impl Callbacks {
     fn new(params: &dcm_arena_params) -> Self {
         Self {
             on_pressure: params.on_pressure,
+            on_lost: params.on_lost,
             context: params.context,
             process: std::process::id(),
             ended: AtomicBool::new(false),
@@ -115,16 +134,19 @@ impl Callbacks {
         }
     }
 
-    /// Runs one; what it returned.
-    fn run(&self, call: impl FnOnce(*mut c_void) -> c_int) -> c_int {
-        let _running = lock(&self.running);
+    /// Runs one. That it failed is counted as that of a Rust program that panics.
+    fn run(&self, call: impl FnOnce(*mut c_void) -> c_int) {
+        let running = lock(&self.running);
         if self.ended.load(Ordering::Acquire) {
-            return 0;
+            return;
         }
         self.inside.store(this_thread(), Ordering::Release);
         let code = call(self.context);
         self.inside.store(0, Ordering::Release);
-        code
+        drop(running);
+        if code != 0 {
+            resume_unwind(Box::new(code));
+        }
     }
 
     /// From the return on none runs, unless this is called by one.
@@ -146,11 +168,16 @@ impl Callbacks {
             within_ms: pressure.within.as_millis() as u64,
         };
         // SAFETY: the program's function, with what it was promised.
-        let code = self.run(|context| unsafe { call(context, &pressure) });
-        if code != 0 {
-            // Counted as that of a Rust program that panics.
-            resume_unwind(Box::new(code));
-        }
+        self.run(|context| unsafe { call(context, &pressure) });
+    }
+
+    fn of_loss(&self, lost: &Lost) {
+        let Some(call) = self.on_lost else {
+            return;
+        };
+        let lost = dcm_lost { bytes: lost.bytes };
+        // SAFETY: the program's function, with what it was promised.
+        self.run(|context| unsafe { call(context, &lost) });
     }
 }
 
@@ -185,7 +212,7 @@ unsafe fn read(params: *const dcm_arena_params) -> Result<dcm_arena_params, Erro
 }
 
 /// What the structure had in version 0.1.
-const FIRST_SIZE: usize = 64;
+const FIRST_SIZE: usize = 72;
 const MAX_SIZE: usize = 4096;
 
 unsafe fn builder(heap: &'static Heap, params: &dcm_arena_params) -> Result<ArenaBuilder, Error> {
@@ -226,6 +253,10 @@ unsafe fn create(params: *const dcm_arena_params) -> Result<dcm_arena, Error> {
     if params.on_pressure.is_some() {
         let called = Arc::clone(&callbacks);
         builder = builder.on_pressure(move |pressure| called.under_pressure(pressure));
+    }
+    if params.on_lost.is_some() {
+        let called = Arc::clone(&callbacks);
+        builder = builder.on_lost(move |lost| called.of_loss(lost));
     }
     let id = builder.build()?.into_id();
     let _guard = heap.no_fork();

@@ -1,7 +1,7 @@
 //! The faces of the library: one suite of behaviours in C, C++ and Rust, against the installed library,
 //! with both compilers, under the address sanitizer and under valgrind.
 
-use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,7 +14,15 @@ use crate::broker::Broker;
 use crate::{header, install, packages, process, workspace};
 
 const LIMIT: Duration = Duration::from_secs(150);
-const PACKAGES: [&str; 6] = ["gcc", "g++", "clang", "libc6-dev", "pkg-config", "valgrind"];
+const PACKAGES: [&str; 7] = [
+    "gcc",
+    "g++",
+    "clang",
+    "libc6-dev",
+    "libjemalloc2",
+    "pkg-config",
+    "valgrind",
+];
 const SANITIZE: &str = "-fsanitize=address,undefined";
 /// What the suite's broker offers; its checks count on it.
 const OFFER: &str = "256M";
@@ -26,6 +34,13 @@ struct Way {
     compilers: [&'static str; 2],
     flags: &'static [&'static str],
     valgrind: bool,
+}
+
+/// How a program gets the library.
+#[derive(Clone, Copy, Debug)]
+enum Linked {
+    Shared,
+    Archive,
 }
 
 const WAYS: [Way; 4] = [
@@ -65,12 +80,48 @@ pub(super) fn run() -> Result<Tally> {
     for way in &WAYS {
         for (source, compiler) in ["suite.c", "suite.cpp"].iter().zip(way.compilers) {
             let what = format!("{source} ({})", way.name);
-            let judged = compile(&prefix, source, compiler, way)
-                .and_then(|program| judge(&program, &prefix, way.valgrind, &behaviours));
+            let judged = compile(&prefix, source, compiler, way, Linked::Shared)
+                .and_then(|program| judge(runner(&program, way), way.valgrind))
+                .and_then(|verdicts| same(verdicts, &behaviours));
+            let judged = match way.valgrind {
+                true => judged.map(|verdicts| without(verdicts, "SKIPPED: no broker")),
+                false => judged,
+            };
             book(&mut tally, &what, judged);
         }
     }
-    let judged = rust_suite().and_then(|program| judge(&program, &prefix, false, &behaviours));
+    let [plain, sanitized, ..] = &WAYS;
+    let judged = compile(&prefix, "misuse.c", "gcc", sanitized, Linked::Shared)
+        .and_then(|program| judge(runner(&program, sanitized), false))
+        .map(|verdicts| without(verdicts, "SKIPPED: no second copy"));
+    book(&mut tally, "misuse.c (shared)", judged);
+    let judged = compile(&prefix, "misuse.c", "gcc", plain, Linked::Archive).and_then(|program| {
+        let mut run = runner(&program, plain);
+        run.env("SECOND_COPY", prefix.join("lib/libdcmalloc.so"))
+            // The library's thread-local storage is of the kind that is there from the start.
+            .env("GLIBC_TUNABLES", "glibc.rtld.optional_static_tls=16384");
+        judge(run, false)
+    });
+    book(&mut tally, "misuse.c (archive)", judged);
+    for (what, library) in [
+        ("suite.c (preloaded)", workspace::preload()),
+        (
+            "suite.c (another allocator)",
+            PathBuf::from("libjemalloc.so.2"),
+        ),
+    ] {
+        let judged = compile(&prefix, "suite.c", "gcc", plain, Linked::Shared)
+            .and_then(|program| {
+                let mut run = runner(&program, plain);
+                run.env("LD_PRELOAD", library);
+                judge(run, false)
+            })
+            .and_then(|verdicts| same(verdicts, &behaviours));
+        book(&mut tally, what, judged);
+    }
+    let judged = rust_suite()
+        .and_then(|program| judge(Command::new(program), false))
+        .and_then(|verdicts| same(verdicts, &behaviours));
     book(&mut tally, "suite.rs", judged);
     Ok(tally)
 }
@@ -105,7 +156,7 @@ fn sources() -> PathBuf {
     workspace::root().join("ffi/c/tests")
 }
 
-fn book(tally: &mut Tally, what: &str, judged: Result<BTreeMap<String, String>>) {
+fn book(tally: &mut Tally, what: &str, judged: Result<Vec<(String, String)>>) {
     match judged {
         Err(error) => tally.fail(what, format!("{error:#}")),
         Ok(verdicts) => {
@@ -124,7 +175,13 @@ fn book(tally: &mut Tally, what: &str, judged: Result<BTreeMap<String, String>>)
 }
 
 /// Compiles a program against what is installed below `prefix`.
-fn compile(prefix: &Path, source: &str, compiler: &str, way: &Way) -> Result<PathBuf> {
+fn compile(
+    prefix: &Path,
+    source: &str,
+    compiler: &str,
+    way: &Way,
+    linked: Linked,
+) -> Result<PathBuf> {
     let mut pkg_config = Command::new("pkg-config");
     pkg_config
         .args(["--cflags", "--libs", "dcmalloc"])
@@ -135,7 +192,21 @@ fn compile(prefix: &Path, source: &str, compiler: &str, way: &Way) -> Result<Pat
         true => "-std=c++17",
         false => "-std=c11",
     };
-    let program = prefix.join(format!("{source}-{}", way.name.replace(' ', "-")));
+    let name = format!("{source}-{}-{linked:?}", way.name.replace(' ', "-"));
+    let program = prefix.join(name);
+    let libraries: Vec<OsString> = match linked {
+        Linked::Shared => {
+            let rpath = format!("-Wl,-rpath,{}", prefix.join("lib").display());
+            let said = flags.stdout.split_whitespace().map(OsString::from);
+            said.chain([rpath.into()]).collect()
+        }
+        Linked::Archive => vec![
+            "-I".into(),
+            prefix.join("include").into(),
+            prefix.join("lib/libdcmalloc.a").into(),
+            "-lm".into(),
+        ],
+    };
     let mut compile = Command::new(compiler);
     compile
         .args([
@@ -152,7 +223,7 @@ fn compile(prefix: &Path, source: &str, compiler: &str, way: &Way) -> Result<Pat
         .arg(source)
         .arg("-o")
         .arg(&program)
-        .args(flags.stdout.split_whitespace())
+        .args(libraries)
         .arg("-ldl");
     let compiled = process::run(&mut compile, LIMIT)?;
     let said: Vec<&str> = compiled.stderr.lines().take(6).collect();
@@ -160,19 +231,12 @@ fn compile(prefix: &Path, source: &str, compiler: &str, way: &Way) -> Result<Pat
     Ok(program)
 }
 
-/// Runs a suite over a broker of its own; its verdicts by name.
-fn judge(
-    program: &Path,
-    prefix: &Path,
-    valgrind: bool,
-    behaviours: &[String],
-) -> Result<BTreeMap<String, String>> {
+/// Runs a program over a broker of its own; its verdicts in order, with their names.
+fn judge(mut run: Command, valgrind: bool) -> Result<Vec<(String, String)>> {
     // Valgrind runs one thread at a time: allocations do not wait long enough for extents.
     let broker = (!valgrind).then(|| Broker::serve(OFFER)).transpose()?;
     let socket = broker.as_ref().map_or("none".into(), Broker::socket);
-    let mut run = runner(program, valgrind);
-    run.env("LD_LIBRARY_PATH", prefix.join("lib"))
-        .env("DCM_SOCKET", socket);
+    run.env("DCM_SOCKET", socket);
     let finished = process::run(&mut run, LIMIT)?;
     let mut verdicts = Vec::new();
     for line in finished.stdout.lines() {
@@ -192,17 +256,26 @@ fn judge(
         let last = verdicts.last().map_or("", |(name, _)| name);
         bail!("{} after {last}: {}", finished.ending(), said.join(" | "));
     }
+    Ok(verdicts)
+}
+
+/// Whether they are on the list of behaviours, all of it.
+fn same(verdicts: Vec<(String, String)>, behaviours: &[String]) -> Result<Vec<(String, String)>> {
     let names: Vec<&String> = verdicts.iter().map(|(name, _)| name).collect();
     ensure!(
         names.iter().copied().eq(behaviours),
         "not the behaviours of behaviours.txt, but {names:?}"
     );
-    verdicts.retain(|(_, verdict)| broker.is_some() || verdict != "SKIPPED: no broker");
-    Ok(verdicts.into_iter().collect())
+    Ok(verdicts)
 }
 
-fn runner(program: &Path, valgrind: bool) -> Command {
-    if !valgrind {
+fn without(mut verdicts: Vec<(String, String)>, which: &str) -> Vec<(String, String)> {
+    verdicts.retain(|(_, verdict)| verdict != which);
+    verdicts
+}
+
+fn runner(program: &Path, way: &Way) -> Command {
+    if !way.valgrind {
         return Command::new(program);
     }
     let mut run = Command::new("valgrind");
