@@ -24,7 +24,7 @@ fn line(row: &Row) -> Result<String> {
     let verdict = if row.failures.is_empty() {
         "same".to_owned()
     } else {
-        format!("**differs**: {}", row.failures.join("; "))
+        format!("**differs**: {}", shortened(&row.failures.join("; ")))
     };
     let mut cells = vec![
         row.program.name.to_owned(),
@@ -39,6 +39,19 @@ fn line(row: &Row) -> Result<String> {
         .map(|cell| cell.replace('|', "/").replace('\n', " "))
         .collect();
     Ok(format!("| {} |", cells.join(" | ")))
+}
+
+/// The beginning and the end of what is too long to be read in a table.
+fn shortened(text: &str) -> String {
+    const HEAD: usize = 60;
+    const TAIL: usize = 200;
+    let chars: Vec<char> = text.chars().filter(|c| *c != '\r').collect();
+    if chars.len() <= HEAD + TAIL {
+        return chars.into_iter().collect();
+    }
+    let part = |chars: &[char]| chars.iter().collect::<String>();
+    let (head, tail) = (&chars[..HEAD], &chars[chars.len() - TAIL..]);
+    format!("{} … {}", part(head), part(tail))
 }
 
 fn with_line(text: &str, name: &str, line: &str) -> Result<String> {
@@ -70,6 +83,15 @@ fn revision() -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_failures_keep_their_beginning_and_their_end() {
+        assert_eq!(shortened("short\r"), "short");
+        let long = format!("first {} last", "x".repeat(1000));
+        let short = shortened(&long);
+        assert!(short.starts_with("first x") && short.ends_with("x last"));
+        assert!(short.chars().count() < 300);
+    }
 
     #[test]
     fn a_row_takes_the_place_of_its_forerunner() {
