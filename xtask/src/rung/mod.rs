@@ -9,6 +9,7 @@ mod crash;
 mod crash_evacuation;
 mod docs;
 mod forced;
+mod fork;
 mod format;
 mod guest;
 mod hazards;
@@ -109,6 +110,11 @@ pub(crate) const ALL: &[Rung] = &[
         name: "page",
         shows: "the live page in headless Chromium, in the middle of a storm of releases",
         run: page::run,
+    },
+    Rung {
+        name: "fork",
+        shows: "children share their parent's extents, through recalls and deaths of either",
+        run: fork::run,
     },
     Rung {
         name: "crash",
