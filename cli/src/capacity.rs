@@ -13,6 +13,7 @@ use crate::attach::{self, Attach};
 use crate::dax;
 use crate::emulate;
 use crate::failure::Failure;
+use crate::node::{self, NodeMemory};
 use crate::size::{self, Bytes};
 
 /// Options of `dcm serve` and `dcm run`.
@@ -30,6 +31,9 @@ pub(crate) struct Source {
     /// Serve memory that is there already: /dev/daxX.Y, or a file on hugetlbfs, tmpfs or a DAX file system
     #[arg(long, value_name = "PATH", group = "capacity")]
     dax: Option<PathBuf>,
+    /// Serve so much memory of NUMA node N, such as CXL memory that the kernel has put online
+    #[arg(long, value_name = "N,SIZE", group = "capacity", value_parser = node::parse)]
+    node: Option<NodeMemory>,
     #[command(flatten)]
     attach: Attach,
 }
@@ -37,7 +41,7 @@ pub(crate) struct Source {
 impl Source {
     /// Whether any capacity was named.
     pub(crate) fn is_given(&self) -> bool {
-        self.emulate.is_some() || self.device.is_some() || self.dax.is_some()
+        self.emulate.is_some() || self.device.is_some() || self.dax.is_some() || self.node.is_some()
     }
 
     /// Checks what can be checked without touching anything.
@@ -46,8 +50,8 @@ impl Source {
             Some(size) => emulate::check(size, &self.offer),
             None if self.is_given() => Ok(()),
             None => Err(Failure::Usage(
-                "say what to serve: --device BDF (`dcm devices` lists them), --dax /dev/daxX.Y, or a \
-                 software device, --emulate 1G"
+                "say what to serve: --device BDF (`dcm devices` lists them), --dax /dev/daxX.Y, \
+                 --node N,SIZE, or a software device, --emulate 1G"
                     .into(),
             )),
         }
@@ -72,6 +76,9 @@ impl Source {
         if let Some(path) = &self.dax {
             return dax::broker(path, config);
         }
+        if let Some(memory) = self.node {
+            return node::broker(memory, config);
+        }
         let (size, offer) = self.emulated().context("no capacity was named")?;
         let broker = emulate::broker(size, &offer, config)?;
         let offered = Bytes(offer.iter().sum());
@@ -95,6 +102,7 @@ impl Source {
         let offer = (!self.offer.is_empty()).then(|| list(&self.offer));
         option("--offer", offer);
         option("--device", self.device.map(|address| address.to_string()));
+        option("--node", self.node.map(|memory| memory.to_string()));
         if let Some(path) = &self.dax {
             arguments.extend(["--dax".into(), path.into()]);
         }

@@ -14,6 +14,7 @@ mod keeper;
 mod live;
 mod log;
 mod marks;
+mod node;
 mod orders;
 mod picture;
 mod run;

@@ -185,3 +185,39 @@ fn a_killed_broker_is_started_anew_and_knows_everything() {
     assert_eq!(server.terminate(), Some(0));
     assert!(!dcm.socket().exists());
 }
+
+#[test]
+fn memory_of_a_node_is_lent_and_goes_back_to_it() {
+    if !std::path::Path::new("/sys/devices/system/node/node0/meminfo").exists() {
+        println!("SKIPPED: a kernel without NUMA");
+        return;
+    }
+    let dcm = Dcm::new();
+    let mut server = dcm.serve(&["--node", "0,32M"]);
+    let mut program = run_leasing(&dcm, &[], 16 * MIB)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let status = || json(&dcm.ok(&["status", "--json"]));
+    within(Duration::from_secs(10), "a lease", || {
+        status()["capacity"]["leased"] == 16 * MIB
+    });
+    let receipt = json(&dcm.ok(&["release", "8M", "--json"]));
+    assert_eq!(receipt["returned_free"], 8 * MIB);
+    let added = dcm.ok(&["add", "8M"]);
+    assert!(added.starts_with("accepted  8M of 8M"), "{added}");
+    assert_eq!(status()["capacity"]["accepted"], 32 * MIB);
+    program.kill().unwrap();
+    program.wait().unwrap();
+    assert_eq!(server.terminate(), Some(0));
+    for (node, told) in [
+        ("9999,2M", "this machine has"),
+        ("0,1000000G", "bytes free"),
+    ] {
+        let refused = dcm.call(&["serve", "--node", node, "--socket", "/nowhere/sock"]);
+        assert!(stderr(&refused).contains(told), "{}", stderr(&refused));
+    }
+    let refused = dcm.call(&["serve", "--node", "0"]);
+    assert_eq!(refused.status.code(), Some(2));
+}

@@ -2,9 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::address::{Dpa, DpaRange};
 use crate::capacity::{CapacityDevice, DeviceCounters, DeviceEvent};
@@ -32,6 +34,8 @@ pub struct FixedDevice {
     len: u64,
     held: Vec<Extent>,
     counters: DeviceCounters,
+    /// Whose pages go back to the system with what is released.
+    file: Option<OwnedFd>,
     shared: Arc<Mutex<Shared>>,
 }
 
@@ -53,9 +57,21 @@ pub fn fixed(len: u64) -> (FixedDevice, FixedOrchestrator) {
             extents_adopted: 1,
             ..DeviceCounters::default()
         },
+        file: None,
         shared: Arc::clone(&shared),
     };
     (device, FixedOrchestrator { shared })
+}
+
+impl FixedDevice {
+    /// Has the pages of `file`, which is a memfd, go back to the system when they are released.
+    #[must_use]
+    pub fn freeing(self, file: OwnedFd) -> Self {
+        Self {
+            file: Some(file),
+            ..self
+        }
+    }
 }
 
 impl CapacityDevice for FixedDevice {
@@ -96,6 +112,11 @@ impl CapacityDevice for FixedDevice {
             });
             self.held = pieces.collect();
             self.counters.bytes_released += range.len;
+            if let Some(file) = &self.file {
+                let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(file, hole, range.start.0, range.len)
+                    .expect("a memfd can have holes punched anywhere within its length");
+            }
         }
         let mut shared = self.shared.lock();
         shared.unused.extend_from_slice(ranges);
@@ -183,6 +204,7 @@ impl Orchestrator for FixedOrchestrator {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 
     fn range(start: u64, len: u64) -> DpaRange {
         DpaRange {
@@ -216,6 +238,19 @@ mod tests {
         assert_eq!(events, [DeviceEvent::Accepted { extents }]);
         assert_eq!(held(&device).iter().map(|r| r.len).sum::<u64>(), 8 * BLOCK);
         assert_eq!(device.poll().unwrap(), []);
+    }
+
+    #[test]
+    fn released_pages_go_back_to_the_system() {
+        let file = memfd_create("memory", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, 4 * BLOCK).unwrap();
+        fallocate(&file, FallocateFlags::empty(), 0, 4 * BLOCK).unwrap();
+        let blocks = || fstat(&file).unwrap().st_blocks as u64 * 512;
+        assert_eq!(blocks(), 4 * BLOCK);
+        let (device, _operator) = fixed(4 * BLOCK);
+        let mut device = device.freeing(file.try_clone().unwrap());
+        device.release(&[range(1, 2)]).unwrap();
+        assert_eq!(blocks(), 2 * BLOCK);
     }
 
     #[test]
