@@ -36,7 +36,7 @@ pub(super) const PROGRAM: Program = Program {
     how: "built with MALLOC=libc; runtest of unit/type, expire, scripting, memefficiency, other, aofrw, \
           integration of rdb, aof and replication; BGSAVE of 500 MiB under write load equals the data set at the \
           fork",
-    short: true,
+    short: false,
     prepare,
     version: || packages::source_version("redis"),
     run,
