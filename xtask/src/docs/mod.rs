@@ -24,7 +24,7 @@ use crate::{process, workspace};
 use block::{Block, Step};
 
 /// How long the commands of a block may take.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(900);
 /// What a reader takes at least to type the next command.
 const BETWEEN: &str = "sleep 1";
 
