@@ -7,8 +7,9 @@ use super::{Program, Results, Scale, Session};
 
 /// Least share of the heap, at its peak, that must lie on extents.
 const LEAST_SHARE: f64 = 0.90;
-/// The same of a short run, in which what programs allocate before they have extents weighs more.
-const LEAST_SHARE_SHORT: f64 = 0.80;
+/// The same of a short run: what programs allocate before they have extents weighs more, and the pool of a
+/// program that grows at full speed runs dry for longer where the broker waits for a core.
+const LEAST_SHARE_SHORT: f64 = 0.50;
 /// Least share of what is held that a recall must take.
 const LEAST_TAKEN: f64 = 0.25;
 /// How many differences are told one by one.
