@@ -8,6 +8,7 @@ use dax_backend::broker::admin::{AdminReply, AdminRequest, ReleaseTarget};
 use dax_backend::broker::{
     GRANULE, RecallOutcome, Receipt, RefusalReason, StallTimes, WindowRange,
 };
+use dax_backend::model::{ModelConfig, ModelRegion, SoftwareDevice};
 
 use crate::rig::{Rig, Setup};
 
@@ -122,6 +123,87 @@ fn of_a_range_each_part_has_the_reason_that_was_given_for_it() {
         ];
         assert_eq!(said, wanted);
     });
+}
+
+#[test]
+fn every_reason_of_a_client_arrives_as_it_was_given() {
+    let reasons = [
+        RefusalReason::Live,
+        RefusalReason::Pinned,
+        RefusalReason::DramLimit,
+        RefusalReason::Remapped,
+        RefusalReason::CannotMove,
+        RefusalReason::Deadline,
+        RefusalReason::SpillFull,
+        RefusalReason::SpillFailed,
+        RefusalReason::Mappings,
+    ];
+    let rig = Rig::new(&[16]);
+    let client = rig.client();
+    client.lease(16);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (id, ..) = client.next_recall();
+            for (at, reason) in (0..).zip(reasons) {
+                let kept = [granules(at, 1)];
+                let said = client.broker.refuse_recall(id, reason, GRANULE, &kept);
+                said.unwrap();
+            }
+            let outcome = RecallOutcome::default();
+            client.broker.answer_recall(id, &outcome).unwrap();
+        });
+        let whole = rig.range(0, reasons.len() as u64);
+        let receipt = rig.release(ReleaseTarget::Range(whole), 5000);
+        let said: Vec<_> = receipt
+            .refused
+            .iter()
+            .map(|refusal| (refusal.dpa, refusal.len, refusal.reason))
+            .collect();
+        let wanted: Vec<_> = (0..)
+            .zip(reasons)
+            .map(|(at, reason)| (Some(rig.range(at, 1).dpa), GRANULE, reason))
+            .collect();
+        assert_eq!(said, wanted);
+    });
+}
+
+#[test]
+fn what_shares_a_device_block_with_memory_in_use_says_so() {
+    const BLOCK: u64 = 4 * GRANULE;
+    let region = ModelRegion {
+        block_size: BLOCK,
+        ..ModelRegion::of(512 << 20)
+    };
+    let config = ModelConfig {
+        dc_regions: vec![region],
+        ..ModelConfig::default()
+    };
+    let rig = Rig::over(
+        SoftwareDevice::new(config).unwrap(),
+        Setup {
+            offer: &[8],
+            ..Setup::default()
+        },
+    );
+    let client = rig.client();
+    let (leased, _) = client.lease(5);
+    assert_eq!(
+        leased.iter().map(|range| range.len).sum::<u64>(),
+        5 * GRANULE
+    );
+    // Three of the second block's granules are free; the device takes whole blocks.
+    let receipt = rig.release(ReleaseTarget::Range(rig.range(4, 4)), 200);
+    assert_eq!(receipt.returned, 0);
+    let said: Vec<_> = receipt
+        .refused
+        .iter()
+        .map(|refusal| (refusal.dpa, refusal.len / GRANULE, refusal.reason))
+        .collect();
+    let wanted = [
+        (Some(rig.range(4, 1).dpa), 1, RefusalReason::Deadline),
+        (Some(rig.range(5, 3).dpa), 3, RefusalReason::BlockInUse),
+    ];
+    assert_eq!(said, wanted);
 }
 
 #[test]
