@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod api;
 mod bench;
 mod broker;
 mod compat;
@@ -49,6 +50,8 @@ enum Task {
     Compat(compat::Options),
     /// Make include/dcmalloc.h from its source
     Header(header::Options),
+    /// Make the lists of what the library crates offer, api.txt, from their source
+    Api(api::Options),
     /// Install dcm, the libraries and the headers
     Install(install::Options),
     /// A machine with a CXL device, emulated by QEMU
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::run(&options),
         Task::Compat(options) => compat::run(&options),
         Task::Header(options) => header::run(&options),
+        Task::Api(options) => api::run(&options),
         Task::Install(options) => install::run(&options),
         Task::Guest(task) => guest::run(&task),
     };

@@ -58,7 +58,7 @@ pub(crate) const ALL: &[Rung] = &[
     },
     Rung {
         name: "rustdoc",
-        shows: "the documentation builds without a warning",
+        shows: "the documentation builds without a warning; each library offers its list of items",
         run: rustdoc::run,
     },
     Rung {
