@@ -24,6 +24,7 @@ mod size;
 mod sockets;
 mod top;
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -78,7 +79,8 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code.into(),
         Err(failure) => {
-            eprintln!("dcm: {failure}");
+            // Nobody may be left to tell.
+            let _ = writeln!(io::stderr(), "dcm: {failure}");
             failure.code().into()
         }
     }

@@ -12,4 +12,5 @@ mod generate;
 mod live;
 mod orders;
 mod run;
+mod top;
 mod usage;
