@@ -1,14 +1,16 @@
-//! `cargo xtask install --prefix DIR`: `dcm`, the libraries, the headers and what pkg-config needs.
+//! `cargo xtask install --prefix DIR`: `dcm` with its man pages, completions and systemd units, the
+//! libraries, the headers and what pkg-config needs.
 
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::rung::build;
-use crate::{process, workspace};
+use crate::{man, packages, process, workspace};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -23,6 +25,9 @@ pub(crate) struct Options {
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Changes when a program that was linked must be linked anew.
 const SONAME: &str = "libdcmalloc.so.0";
+const UNITS: [&str; 2] = ["dcmalloc.service", "dcmalloc.socket"];
+/// Where the units of the repository expect `dcm`.
+const DCM: &str = "/usr/bin/dcm";
 
 /// Builds everything for release and copies it.
 pub(crate) fn run(options: &Options) -> Result<bool> {
@@ -42,8 +47,8 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
 /// Copies what has been built to `root`, which will be known as `prefix`.
 pub(crate) fn install(prefix: &Path, root: &Path) -> Result<()> {
     let [bin, lib, include] = ["bin", "lib", "include"].map(|dir| root.join(dir));
-    let pkgconfig = lib.join("pkgconfig");
-    for dir in [&bin, &lib, &include, &pkgconfig] {
+    let [pkgconfig, units] = ["pkgconfig", "systemd/system"].map(|dir| lib.join(dir));
+    for dir in [&bin, &lib, &include, &pkgconfig, &units] {
         fs::create_dir_all(dir).with_context(|| format!("can't make {}", dir.display()))?;
     }
     copy(&workspace::dcm(), &bin.join("dcm"))?;
@@ -68,6 +73,35 @@ pub(crate) fn install(prefix: &Path, root: &Path) -> Result<()> {
         .replace("@prefix@", &prefix.display().to_string())
         .replace("@version@", VERSION);
     fs::write(pkgconfig.join("dcmalloc.pc"), description)?;
+    let dcm = prefix.join("bin/dcm").display().to_string();
+    for name in UNITS {
+        let unit = fs::read_to_string(workspace::root().join("cli/systemd").join(name))?;
+        fs::write(units.join(name), unit.replace(DCM, &dcm))?;
+    }
+    man::write(&root.join("share"))
+}
+
+/// Whether the pages, completions and units that were installed at `prefix` are good for their readers.
+pub(crate) fn check(prefix: &Path) -> Result<()> {
+    packages::ensure(&["systemd"])?;
+    ensure!(
+        man::check(&prefix.join("share"))? > 5,
+        "there are hardly any man pages"
+    );
+    let units = prefix.join("lib/systemd/system");
+    let service = fs::read_to_string(units.join("dcmalloc.service"))?;
+    let start = format!("ExecStart={} serve", prefix.join("bin/dcm").display());
+    ensure!(service.contains(&start), "the service has no {start}");
+    let mut verify = Command::new("systemd-analyze");
+    verify
+        .args(["verify", "--man=no", "--recursive-errors=no"])
+        .args(UNITS.map(|name| units.join(name)));
+    let verified = process::run(&mut verify, Duration::from_secs(60))?;
+    ensure!(
+        verified.success() && verified.stderr.is_empty(),
+        "systemd-analyze: {}",
+        verified.stderr
+    );
     Ok(())
 }
 

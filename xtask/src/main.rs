@@ -52,7 +52,7 @@ enum Task {
     Header(header::Options),
     /// Make the lists of what the library crates offer, api.txt, from their source
     Api(api::Options),
-    /// Install dcm, the libraries and the headers
+    /// Install dcm with its man pages, completions and systemd units, the libraries and the headers
     Install(install::Options),
     /// A machine with a CXL device, emulated by QEMU
     #[command(subcommand)]

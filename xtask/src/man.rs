@@ -40,16 +40,28 @@ pub(crate) fn share() -> PathBuf {
 /// Writes man pages and completions below `share`, with the `dcm` that was built last.
 pub(crate) fn write(share: &Path) -> Result<()> {
     let pages = share.join("man/man1");
-    // Pages of subcommands that are no more.
-    if pages.exists() {
-        fs::remove_dir_all(&pages)?;
-    }
+    remove_ours(&pages)?;
     dcm(&["man".as_ref(), pages.as_os_str()])?;
     for (shell, path) in COMPLETIONS {
         let path = share.join(path);
         let script = dcm(&["completions".as_ref(), shell.as_ref()])?;
         fs::create_dir_all(path.parent().unwrap_or(share))?;
         fs::write(&path, script).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// Removes our pages from where others have theirs too: a subcommand may be no more.
+fn remove_ours(pages: &Path) -> Result<()> {
+    if !pages.exists() {
+        return Ok(());
+    }
+    for page in fs::read_dir(pages)? {
+        let page = page?;
+        let name = page.file_name();
+        if name == "dcm.1" || name.to_string_lossy().starts_with("dcm-") {
+            fs::remove_file(page.path())?;
+        }
     }
     Ok(())
 }
@@ -97,4 +109,24 @@ fn dcm(args: &[&std::ffi::OsStr]) -> Result<String> {
         finished.stderr.trim()
     );
     Ok(finished.stdout)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_of_others_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["dcm.1", "dcm-gone.1", "ls.1", "dcmtk.1"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        remove_ours(dir.path()).unwrap();
+        let mut left: Vec<_> = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|page| page.unwrap().file_name())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["dcmtk.1", "ls.1"]);
+    }
 }

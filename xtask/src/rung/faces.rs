@@ -76,6 +76,7 @@ pub(super) fn run() -> Result<Tally> {
     tally.check("header", current_header());
     let prefix = workspace::target().join("faces");
     install::install(&prefix, &prefix)?;
+    tally.check("what is installed with dcm", install::check(&prefix));
     let behaviours = behaviours()?;
     for way in &WAYS {
         for (source, compiler) in ["suite.c", "suite.cpp"].iter().zip(way.compilers) {
