@@ -25,6 +25,9 @@ const MAPPINGS_LEFT: usize = 512;
 /// is taken from in two, and become one of its own.
 const MAPPINGS_EACH: usize = 2;
 
+/// So often what direct I/O was using is tried once more.
+const TRIES: u32 = 5;
+
 /// What was moved, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Evacuated {
@@ -65,6 +68,8 @@ impl Evacuated {
 pub(crate) struct Evacuator {
     mover: Mover,
     spill: Option<Spill>,
+    /// Something stayed because direct I/O was using it.
+    in_transfer: bool,
 }
 
 // SAFETY: a mover must not leave the threads that share its descriptor table;
@@ -89,7 +94,11 @@ impl Evacuator {
             (_, Some(spill)) if spill.has_ring() => SpillState::Ring,
             _ => SpillState::NoRing,
         });
-        Some(Self { mover, spill })
+        Some(Self {
+            mover,
+            spill,
+            in_transfer: false,
+        })
     }
 
     /// Readable when threads began to wait; `None` if nothing is ever spilled.
@@ -121,6 +130,7 @@ impl Evacuator {
         };
         let mut done = Evacuated::default();
         let mut may_move = self.movable();
+        let mut tries = TRIES;
         while done.bytes() < recall.bytes {
             if until.is_some_and(|until| Instant::now() >= until) {
                 done.stopped = Some(Refusal::Deadline);
@@ -145,6 +155,9 @@ impl Evacuator {
                 spill: spill.unwrap_or(0),
                 ..leaving
             }) else {
+                if self.may_try_again(heap, &mut tries) {
+                    continue;
+                }
                 let lacks = match spill {
                     None => Refusal::NoDram,
                     Some(_) => Refusal::SpillFull,
@@ -165,6 +178,17 @@ impl Evacuator {
         self.mover.room_for_mappings().saturating_sub(MAPPINGS_LEFT) / MAPPINGS_EACH
     }
 
+    /// Whether granules stayed only because direct I/O was using them, which
+    /// may have ended by now.
+    fn may_try_again(&mut self, heap: &Heap, tries: &mut u32) -> bool {
+        let again = core::mem::take(&mut self.in_transfer) && *tries > 0;
+        if again {
+            *tries -= 1;
+            heap.space().forgive();
+        }
+        again
+    }
+
     /// Moves everything off extents that can be moved, into as much DRAM as it
     /// takes.
     pub(crate) fn clear(&mut self, heap: &Heap, source: &dyn ExtentSource) {
@@ -176,9 +200,14 @@ impl Evacuator {
             dram: u64::MAX,
             spill: 0,
         };
-        while let Some(picked) = heap.space().pick_leaving(leaving) {
-            let moved = self.carry_out(heap, source, picked);
-            heap.note_evacuated(moved.granules());
+        let mut tries = TRIES;
+        loop {
+            if let Some(picked) = heap.space().pick_leaving(leaving) {
+                let moved = self.carry_out(heap, source, picked);
+                heap.note_evacuated(moved.granules());
+            } else if !self.may_try_again(heap, &mut tries) {
+                break;
+            }
         }
         // A child would find nothing where they are.
         while let Some(granule) = heap.space().next_spilled() {
@@ -278,6 +307,10 @@ impl Evacuator {
             RebindError::Partly { stayed, .. } => (stayed, Refusal::NoDram),
             RebindError::NoMemory(_) => (all, Refusal::NoDram),
             RebindError::Changed { .. } => (all, Refusal::MappingChanged),
+            RebindError::InTransfer { .. } => {
+                self.in_transfer = true;
+                (all, Refusal::CannotMove)
+            }
             RebindError::Stuck { taken, moved, .. } => {
                 self.insist(taken);
                 (all & !moved, Refusal::NoDram)

@@ -54,7 +54,7 @@ impl RecallOutcome {
 #[repr(usize)]
 pub enum Refusal {
     /// Live data, and this process can not move it (no userfaultfd, a fork
-    /// under way).
+    /// under way, or a read or write with `O_DIRECT` that did not end in time).
     CannotMove,
     /// The deadline passed first.
     Deadline,

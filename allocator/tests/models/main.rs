@@ -24,6 +24,9 @@ use std::time::Duration;
 use sync::{Lock, Signal};
 use waiters::Waiters;
 
+/// As `waiters` has it of its own module.
+const PAGE: usize = 4096;
+
 /// Tries every order with at most three preemptions.
 fn model(f: impl Fn() + Send + Sync + 'static) {
     let mut builder = Builder::new();
@@ -116,7 +119,7 @@ fn take(waiters: &Waiters<2>, taken: &mut usize) {
 fn a_wait_is_taken_out_once_with_the_moment_it_began() {
     model(|| {
         let waiters = Arc::new(Waiters::<2>::new());
-        (0..3).for_each(|_| waiters.insert(GRANULE, 0));
+        (0..3).for_each(|_| waiters.insert(GRANULE, 1, 0));
         assert!(waiters.take_overflow());
         waiters.remove(GRANULE, |_| ());
         let mover = Arc::clone(&waiters);
@@ -128,7 +131,7 @@ fn a_wait_is_taken_out_once_with_the_moment_it_began() {
         });
         // Three waits for two slots, of which the mover frees some meanwhile.
         for granule in [1, 2, 3] {
-            waiters.insert(granule * GRANULE + 8, since(granule));
+            waiters.insert(granule * GRANULE + 8, 1, since(granule));
         }
         let mut taken = mover.join().unwrap();
         let forgotten = waiters.take_overflow();
@@ -143,9 +146,12 @@ fn a_wait_is_taken_out_once_with_the_moment_it_began() {
 fn waits_are_known_by_granule_and_the_longest_comes_first() {
     model(|| {
         let waiters = Waiters::<4>::new();
-        waiters.insert(5 * GRANULE + 4096, 30);
-        waiters.insert(3 * GRANULE, 20);
-        waiters.insert(5 * GRANULE + 8192, 10);
+        waiters.insert(5 * GRANULE + 4097, 1, 30);
+        waiters.insert(3 * GRANULE, 1, 20);
+        waiters.insert(5 * GRANULE + 8192, 2, 10);
+        assert_eq!(waiters.latest_of(1, 0), Some(5 * GRANULE + 4096));
+        assert_eq!(waiters.latest_of(2, 10), Some(5 * GRANULE + 8192));
+        assert_eq!(waiters.latest_of(2, 11), None);
         assert_eq!(waiters.longest(0..usize::MAX), Some(5 * GRANULE));
         assert_eq!(waiters.longest(0..4 * GRANULE), Some(3 * GRANULE));
         let mut began = Vec::new();
@@ -161,14 +167,14 @@ fn waits_are_known_by_granule_and_the_longest_comes_first() {
 fn a_wait_too_many_is_said_once() {
     model(|| {
         let waiters = Waiters::<2>::new();
-        waiters.insert(GRANULE, 0);
-        waiters.insert(2 * GRANULE, 0);
+        waiters.insert(GRANULE, 1, 0);
+        waiters.insert(2 * GRANULE, 1, 0);
         assert!(!waiters.take_overflow());
-        waiters.insert(GRANULE, 0);
+        waiters.insert(GRANULE, 1, 0);
         assert!(waiters.take_overflow());
         assert!(!waiters.take_overflow());
         waiters.remove(GRANULE, |_| ());
-        waiters.insert(7 * GRANULE, 0);
+        waiters.insert(7 * GRANULE, 1, 0);
         assert!(!waiters.take_overflow());
     });
 }

@@ -56,6 +56,16 @@ pub enum RebindError {
         /// `ENOMEM`, `EFAULT` or `EHWPOISON`.
         errno: Errno,
     },
+    /// A read or write with `O_DIRECT` under way there did not end in time.
+    #[error(
+        "granules at {:#x}..{:#x} stay where they are: a read or write with O_DIRECT uses them; \
+         try again when it has ended",
+        at.start, at.end
+    )]
+    InTransfer {
+        /// The run.
+        at: Range<usize>,
+    },
     /// The kernel refused something else.
     #[error("the kernel refused a step of the move ({0})")]
     Refused(Errno),

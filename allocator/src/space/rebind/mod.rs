@@ -9,6 +9,7 @@
 //!    readable through the alias mapping; from a granule in DRAM the pages are
 //!    moved away and the empty mapping stays. From that instant every access
 //!    waits in the kernel.
+//!    Direct I/O that began before has pages in hand, and is waited for.
 //! 3. **Copy** what is live. Granules that threads wait for go first.
 //! 4. **Give** ([`Mover::give`]): the new backing is moved into place, in one
 //!    step, and the waiting threads are woken.
@@ -43,6 +44,7 @@ mod spare;
 mod staging;
 mod stall;
 mod taken;
+mod transfers;
 mod uffd;
 mod waiters;
 

@@ -89,8 +89,8 @@ impl Monitor {
             };
             let mut waits = false;
             for message in &messages[..heard] {
-                if let Event::Fault(address) = message.event() {
-                    self.waiters.insert(address, now());
+                if let Event::Fault { address, thread } = message.event() {
+                    self.waiters.insert(address, thread, now());
                     waits = true;
                 }
             }

@@ -10,6 +10,7 @@ use super::spare::Spare;
 use super::staging::{Staging, advise, populate_live};
 use super::stall::StallHistogram;
 use super::taken::Taken;
+use super::transfers::Transfers;
 use super::uffd::Uffd;
 use super::{GRANULE, Memory, Moved, PAGE, RUN, Step};
 use core::marker::PhantomData;
@@ -26,6 +27,7 @@ pub struct Mover {
     /// Never closed: that would turn placeholders into zeroes.
     uffd: ManuallyDrop<Uffd>,
     mappings: Mappings,
+    transfers: Transfers,
     /// There whenever a granule is taken.
     reserve: Option<Reserve>,
     /// How many granules are taken.
@@ -47,11 +49,13 @@ impl Mover {
     ) -> Result<Self, StartError> {
         let uffd = Uffd::open(device)?;
         let mappings = Mappings::open().map_err(StartError::NoProc)?;
+        let transfers = Transfers::open().map_err(StartError::NoProc)?;
         monitor.start(&uffd).map_err(StartError::Monitor)?;
         Ok(Self {
             monitor,
             uffd: ManuallyDrop::new(uffd),
             mappings,
+            transfers,
             reserve: None,
             away: 0,
             guarded: true,
@@ -152,7 +156,8 @@ impl Mover {
     }
 
     /// Takes the content of `from.len()` neighbouring granules (1 to [`RUN`])
-    /// away: on return, whoever touches one waits.
+    /// away: on return, whoever touches one waits, and no direct I/O that
+    /// began before uses its pages.
     ///
     /// # Errors
     /// As [`rebind`](Self::rebind); it never moves a part.
@@ -170,6 +175,7 @@ impl Mover {
             // Waits that the monitor heard of after their end.
             self.monitor.waiters.clear();
         }
+        let begun = now();
         let mut i = 0;
         while i < from.len() {
             // SAFETY: the caller's.
@@ -185,6 +191,12 @@ impl Mover {
                     return Err(error);
                 }
             }
+        }
+        let at = taken.range();
+        if self.guarded && !self.transfers.end(&at, begun, &self.monitor.waiters) {
+            // SAFETY: as above.
+            unsafe { self.put_back(taken) }?;
+            return Err(RebindError::InTransfer { at });
         }
         Ok(taken)
     }
@@ -380,9 +392,9 @@ mod tests {
         let mover = Mover::start(&MONITOR, None).unwrap();
         let mut taken = Taken::none_of(64 * GRANULE, &[Memory::Dram; RUN]);
         taken.now_taken(0..RUN);
-        MONITOR.waiters.insert(taken.granule(5) + 4096, 20);
-        MONITOR.waiters.insert(taken.granule(3), 10);
-        MONITOR.waiters.insert(taken.granule(RUN), 5);
+        MONITOR.waiters.insert(taken.granule(5) + 4096, 1, 20);
+        MONITOR.waiters.insert(taken.granule(3), 2, 10);
+        MONITOR.waiters.insert(taken.granule(RUN), 3, 5);
         let mut order = Vec::new();
         while let Some(i) = mover.next(&taken) {
             order.push(i);

@@ -16,6 +16,7 @@ const IOC_REGISTER: Opcode = opcode::read_write::<RegisterArg>(0xAA, 0x00);
 const IOC_UNREGISTER: Opcode = opcode::read::<RangeArg>(0xAA, 0x01);
 const IOC_WAKE: Opcode = opcode::read::<RangeArg>(0xAA, 0x02);
 const FEATURE_EVENT_REMAP: u64 = 1 << 2;
+const FEATURE_THREAD_ID: u64 = 1 << 8;
 const REGISTER_MODE_MISSING: u64 = 1 << 0;
 const USER_MODE_ONLY: u32 = 1;
 const EVENT_PAGEFAULT: u8 = 0x12;
@@ -45,7 +46,7 @@ struct RegisterArg {
 }
 
 /// `struct uffd_msg`: a tag, then 24 bytes whose meaning the tag decides; the
-/// second word of a page fault is its address.
+/// second word of a page fault is its address, half of the third its thread.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Message {
@@ -62,7 +63,7 @@ const _: () = assert!(size_of::<Message>() == 32);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Event {
     /// A thread waits for the page at this address.
-    Fault(usize),
+    Fault { address: usize, thread: i32 },
     /// A registered mapping moved; mremap(2) returns once this is read.
     Remap,
     /// Nothing a rebind asked for.
@@ -78,7 +79,13 @@ impl Message {
 
     pub(super) fn event(&self) -> Event {
         match self.event {
-            EVENT_PAGEFAULT => Event::Fault(self.arg[1] as usize),
+            EVENT_PAGEFAULT => Event::Fault {
+                address: self.arg[1] as usize,
+                thread: self.arg[2]
+                    .to_ne_bytes()
+                    .first_chunk()
+                    .map_or(0, |&id| i32::from_ne_bytes(id)),
+            },
             EVENT_REMAP => Event::Remap,
             _ => Event::Other,
         }
@@ -95,8 +102,9 @@ pub enum UffdError {
          allow the system call in the container's seccomp profile"
     )]
     Denied(Errno),
-    /// The kernel has no `UFFD_FEATURE_EVENT_REMAP` (Linux 4.11).
-    #[error("userfaultfd does not report moved mappings ({0}): Linux 4.11 or newer is needed")]
+    /// The kernel has no `UFFD_FEATURE_EVENT_REMAP` (Linux 4.11), or no
+    /// `UFFD_FEATURE_THREAD_ID` (4.14).
+    #[error("userfaultfd does not report moved mappings ({0}): Linux 4.14 or newer is needed")]
     NoRemapEvents(Errno),
 }
 
@@ -132,7 +140,7 @@ impl Uffd {
         };
         let mut api = ApiArg {
             api: API,
-            features: FEATURE_EVENT_REMAP,
+            features: FEATURE_EVENT_REMAP | FEATURE_THREAD_ID,
             ioctls: 0,
         };
         // SAFETY: UFFDIO_API reads and writes a `struct uffdio_api`.
