@@ -149,15 +149,17 @@ pub(super) fn evacuation(guest: &Guest) -> Result<()> {
     ensure!(leased >= 4 * MIB, "only {leased} bytes are leased");
 
     let start = Instant::now();
-    served.lose(guest, &pieces[..1])?;
-    let receipt = served.lose(guest, &pieces[1..])?;
-    let moved = served::moved(&receipt)?;
+    let mut moved = 0;
+    for piece in pieces {
+        moved += served::moved(&served.lose(guest, &[piece])?)?;
+    }
     guest.note(format!(
-        "16 MiB asked back in two goes were gone after {} ms, {} MiB of the second moved live",
+        "16 MiB asked back in two goes were gone after {} ms, {} MiB moved live",
         start.elapsed().as_millis(),
         moved / MIB
     ));
-    ensure!(moved > 0, "nothing was moved: {receipt}");
+    // Which of the two goes found it depends on where the broker had lent from, and where the first went.
+    ensure!(moved > 0, "nothing was moved");
     // The device says the same: what is still accepted can't be offered.
     guest
         .add(0, &pieces)
