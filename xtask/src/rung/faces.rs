@@ -98,9 +98,7 @@ pub(super) fn run() -> Result<Tally> {
     book(&mut tally, "misuse.c (shared)", judged);
     let judged = compile(&prefix, "misuse.c", "gcc", plain, Linked::Archive).and_then(|program| {
         let mut run = runner(&program, plain);
-        run.env("SECOND_COPY", prefix.join("lib/libdcmalloc.so"))
-            // The library's thread-local storage is of the kind that is there from the start.
-            .env("GLIBC_TUNABLES", "glibc.rtld.optional_static_tls=16384");
+        with_second_copy(&mut run, &prefix);
         judge(run, false)
     });
     book(&mut tally, "misuse.c (archive)", judged);
@@ -120,22 +118,35 @@ pub(super) fn run() -> Result<Tally> {
             .and_then(|verdicts| same(verdicts, &behaviours));
         book(&mut tally, what, judged);
     }
-    let judged = rust_suite()
+    let judged = in_rust("suite")
         .and_then(|program| judge(Command::new(program), false))
         .and_then(|verdicts| same(verdicts, &behaviours));
     book(&mut tally, "suite.rs", judged);
+    let judged = in_rust("misuse").and_then(|program| {
+        let mut run = Command::new(program);
+        with_second_copy(&mut run, &prefix);
+        judge(run, false)
+    });
+    book(&mut tally, "misuse.rs", judged);
     Ok(tally)
 }
 
-/// Builds the suite in Rust.
-fn rust_suite() -> Result<PathBuf> {
+/// Names the copy of the library that a program is to load on top of its own.
+fn with_second_copy(run: &mut Command, prefix: &Path) {
+    run.env("SECOND_COPY", prefix.join("lib/libdcmalloc.so"))
+        // The library's thread-local storage is of the kind that is there from the start.
+        .env("GLIBC_TUNABLES", "glibc.rtld.optional_static_tls=16384");
+}
+
+/// Builds a program of `ffi/examples`.
+fn in_rust(name: &str) -> Result<PathBuf> {
     let mut build = workspace::cargo();
     build.args(["build", "--quiet", "--release", "--package", "dcmalloc-ffi"]);
     ensure!(
-        process::run_visibly(build.args(["--example", "suite"]))?,
-        "the suite in Rust does not build"
+        process::run_visibly(build.args(["--example", name]))?,
+        "{name}.rs does not build"
     );
-    Ok(workspace::release("examples/suite"))
+    Ok(workspace::release("examples").join(name))
 }
 
 fn current_header() -> Result<()> {
