@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
+use super::bench::Row;
 use super::check;
 use super::plan::Plan;
 use super::port::{Line, Outcome, Piece, Port, Verdict};
@@ -18,6 +19,7 @@ pub(super) struct Guest {
     /// The device's PCI address.
     pub(super) device: String,
     notes: RefCell<Vec<String>>,
+    rows: RefCell<Vec<Row>>,
 }
 
 impl Guest {
@@ -37,6 +39,16 @@ impl Guest {
     pub(super) fn note(&self, text: impl Into<String>) {
         self.notes.borrow_mut().push(text.into());
     }
+
+    /// Samples of a measurement, for `benches/results`.
+    pub(super) fn measured(&self, bench: &str, case: &str, metric: &str, samples: Vec<f64>) {
+        self.rows.borrow_mut().push(Row {
+            bench: bench.to_owned(),
+            case: case.to_owned(),
+            metric: metric.to_owned(),
+            samples,
+        });
+    }
 }
 
 /// Runs what the plan names. That something failed is for the host to say.
@@ -49,6 +61,7 @@ pub(super) fn run() -> Result<bool> {
             .trim()
             .to_owned(),
         notes: RefCell::default(),
+        rows: RefCell::default(),
     };
     guest.port.say(&Line::Booted)?;
     for check in check::chosen(&guest.plan) {
@@ -64,6 +77,7 @@ pub(super) fn run() -> Result<bool> {
             outcome,
             seconds: start.elapsed().as_secs_f64(),
             notes: guest.notes.take(),
+            rows: guest.rows.take(),
         }))?;
     }
     guest.port.say(&Line::Done)?;

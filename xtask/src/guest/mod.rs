@@ -1,5 +1,6 @@
 //! `cargo xtask guest`: a machine with a CXL Dynamic Capacity Device under a stock Debian kernel.
 
+mod bench;
 mod check;
 mod image;
 mod inside;
@@ -22,7 +23,9 @@ pub(crate) enum Task {
     Shell,
     /// Run checks in the guest, on a device that a fabric manager outside adds to and takes from
     Test(test::Options),
-    /// The part of `test` that runs in the guest
+    /// Measure on the device, into benches/results: counts and ratios
+    Bench,
+    /// The part of `test` and `bench` that runs in the guest
     #[command(hide = true)]
     Inside,
 }
@@ -32,6 +35,7 @@ pub(crate) fn run(task: &Task) -> Result<bool> {
     match task {
         Task::Shell => shell(),
         Task::Test(options) => test::run(options),
+        Task::Bench => bench::run(),
         Task::Inside => inside::run(),
     }
 }

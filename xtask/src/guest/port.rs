@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::bench::Row;
 use super::machine;
 
 /// A piece of a DC region, in bytes from its start.
@@ -43,6 +44,8 @@ pub(super) struct Verdict {
     pub(super) seconds: f64,
     /// Numbers worth keeping, in words.
     pub(super) notes: Vec<String>,
+    /// Numbers for machines.
+    pub(super) rows: Vec<Row>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -69,6 +69,11 @@ pub(crate) fn checks(names: &[String], full: bool) -> Result<Tally> {
             bail!("no check {name}; cargo xtask guest test --list");
         }
     }
+    Ok(tell(&in_guest(names, full)?))
+}
+
+/// Builds what the guest runs, and boots one that runs the checks.
+pub(super) fn in_guest(names: &[String], full: bool) -> Result<Report> {
     packages::ensure_qemu()?;
     packages::ensure(check::PACKAGES)?;
     ensure!(build::release()?, "the release build failed");
@@ -77,7 +82,11 @@ pub(crate) fn checks(names: &[String], full: bool) -> Result<Tally> {
         full,
         tests: plan::build_tests(check::TESTS)?,
     };
-    let report = boot(&plan)?;
+    boot(&plan)
+}
+
+/// Prints the table of what a guest said.
+pub(super) fn tell(report: &Report) -> Tally {
     let mut tally = Tally::default();
     println!("\nboot {:.1} s", report.boot.as_secs_f64());
     for verdict in &report.verdicts {
@@ -99,11 +108,11 @@ pub(crate) fn checks(names: &[String], full: bool) -> Result<Tally> {
             println!("{:<38}{note}", "");
         }
     }
-    Ok(tally)
+    tally
 }
 
 /// Boots a guest, lets it run `plan`, and ends it.
-pub(super) fn boot(plan: &Plan) -> Result<Report> {
+fn boot(plan: &Plan) -> Result<Report> {
     let image = image::make()?;
     plan.write(&super::plan_file())?;
     let dir = tempfile::tempdir()?;

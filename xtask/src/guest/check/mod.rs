@@ -3,10 +3,11 @@
 mod device;
 mod programs;
 mod rebind;
-mod served;
+pub(super) mod served;
 
 use anyhow::Result;
 
+use super::bench::measure;
 use super::inside::Guest;
 use super::plan::Plan;
 
@@ -71,8 +72,11 @@ pub(super) const ALL: &[Check] = &[
 
 /// The checks of `plan`, in order.
 pub(super) fn chosen(plan: &Plan) -> impl Iterator<Item = &'static Check> {
-    ALL.iter().filter(|check| match plan.checks.is_empty() {
+    let named = |check: &&Check| plan.checks.iter().any(|name| name == check.name);
+    let (checks, benches) = (ALL.iter(), measure::ALL.iter());
+    let checks = checks.filter(move |check| match plan.checks.is_empty() {
         true => plan.full || !check.full,
-        false => plan.checks.iter().any(|name| name == check.name),
-    })
+        false => named(check),
+    });
+    checks.chain(benches.filter(named))
 }

@@ -13,12 +13,12 @@ use super::super::inside::Guest;
 use super::super::port::Piece;
 use crate::broker::{self, Broker};
 
-pub(super) const MIB: u64 = 1 << 20;
+pub(in super::super) const MIB: u64 = 1 << 20;
 /// For anything that a broker or a program does. The window is slow, and so may be the machine.
-pub(super) const LIMIT: Duration = Duration::from_secs(240);
+pub(in super::super) const LIMIT: Duration = Duration::from_secs(240);
 
 /// A piece of a DC region, in MiB.
-pub(super) fn mib(offset: u64, len: u64) -> Piece {
+pub(in super::super) fn mib(offset: u64, len: u64) -> Piece {
     Piece {
         offset: offset * MIB,
         len: len * MIB,
@@ -27,22 +27,24 @@ pub(super) fn mib(offset: u64, len: u64) -> Piece {
 
 /// A broker over the device.
 #[derive(Debug)]
-pub(super) struct Served {
-    pub(super) broker: Broker,
+pub(in super::super) struct Served {
+    pub(in super::super) broker: Broker,
 }
 
 impl Served {
-    pub(super) fn start(guest: &Guest) -> Result<Self> {
+    pub(in super::super) fn start(guest: &Guest) -> Result<Self> {
         let broker = Broker::over(&["--device", &guest.device], LIMIT)?;
         Ok(Self { broker })
     }
 
     /// One that is offered `pieces` of region 0 at once, and has them ready.
-    pub(super) fn with(guest: &Guest, pieces: &[Piece]) -> Result<Self> {
+    pub(in super::super) fn with(guest: &Guest, pieces: &[Piece]) -> Result<Self> {
         let served = Self::start(guest)?;
         // A check that failed may have left some.
         served.give_back()?;
-        guest.add(0, pieces)?;
+        if !pieces.is_empty() {
+            guest.add(0, pieces)?;
+        }
         let bytes: u64 = pieces.iter().map(|piece| piece.len).sum();
         served.until("/capacity/accepted", |accepted| accepted == bytes)?;
         served.until("/capacity/clean", |clean| clean == bytes)?;
@@ -50,12 +52,16 @@ impl Served {
     }
 
     /// A number of `dcm status`.
-    pub(super) fn number(&self, pointer: &str) -> Result<u64> {
+    pub(in super::super) fn number(&self, pointer: &str) -> Result<u64> {
         self.broker.status_number(pointer)
     }
 
     /// Waits for a number of `dcm status` to be as it should; how long that took.
-    pub(super) fn until(&self, pointer: &str, is_it: impl Fn(u64) -> bool) -> Result<Duration> {
+    pub(in super::super) fn until(
+        &self,
+        pointer: &str,
+        is_it: impl Fn(u64) -> bool,
+    ) -> Result<Duration> {
         let start = Instant::now();
         loop {
             let number = self.number(pointer)?;
@@ -72,7 +78,7 @@ impl Served {
     }
 
     /// Has the fabric manager ask for `pieces` of region 0 back; the receipt, when they are gone.
-    pub(super) fn lose(&self, guest: &Guest, pieces: &[Piece]) -> Result<Value> {
+    pub(in super::super) fn lose(&self, guest: &Guest, pieces: &[Piece]) -> Result<Value> {
         let accepted = self.number("/capacity/accepted")?;
         let before = self.receipt()?.map_or(0, |(id, _)| id);
         let bytes: u64 = pieces.iter().map(|piece| piece.len).sum();
@@ -99,18 +105,18 @@ impl Served {
     }
 
     /// A program of this machine with its heap on extents.
-    pub(super) fn run(&self, program: &str) -> Command {
+    pub(in super::super) fn run(&self, program: &str) -> Command {
         self.broker.run(PathBuf::from(program).as_path())
     }
 
     /// Gives all capacity back, and ends.
-    pub(super) fn leave(self) -> Result<()> {
+    pub(in super::super) fn leave(self) -> Result<()> {
         self.give_back()?;
         self.broker.end(Signal::TERM)
     }
 
     /// The window's slowness, not the default of `dcm release`, says how long that may take.
-    fn give_back(&self) -> Result<()> {
+    pub(in super::super) fn give_back(&self) -> Result<()> {
         let accepted = self.number("/capacity/accepted")?;
         if accepted > 0 {
             let deadline = (LIMIT / 2).as_millis().to_string();
@@ -124,7 +130,7 @@ impl Served {
 }
 
 /// Bytes that were moved under their program's pointers, of a receipt.
-pub(super) fn moved(receipt: &Value) -> Result<u64> {
+pub(in super::super) fn moved(receipt: &Value) -> Result<u64> {
     Ok(broker::number(receipt, "/returned_to_extents")?
         + broker::number(receipt, "/returned_to_dram")?)
 }
