@@ -49,7 +49,11 @@ pub enum OpenError {
         status: u64,
     },
     /// The device is an ordinary memory device.
-    #[error("the device has no dynamic capacity: its command effects log lacks {opcode:#06x}")]
+    #[error(
+        "the device has no dynamic capacity: its command effects log lacks {opcode:#06x}; ordinary CXL memory is \
+         for the kernel's cxl_pci to drive, and is then served with `dcm serve --dax /dev/daxX.Y` or \
+         `--node N,SIZE`"
+    )]
     NotDynamicCapacity {
         /// The first command that is missing.
         opcode: u16,
@@ -135,6 +139,11 @@ pub enum DeviceError {
     Journal(#[source] io::Error),
 }
 
+/// The way out where decoders are not as they should be: what the firmware or a driver has committed goes
+/// with a reset, and comes back if the kernel's own driver of CXL windows sees the device first.
+const RESET: &str = "reset the device (as root: echo 1 > /sys/bus/pci/devices/BDF/reset), or start the kernel with \
+                     module_blacklist=cxl_acpi, so that it leaves decoders alone";
+
 /// A decoder that cannot be programmed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -143,13 +152,16 @@ pub enum DecoderError {
     #[error("the component registers have no HDM decoder capability")]
     NoCapability,
     /// All decoders are taken.
-    #[error("all {count} HDM decoders are committed to other memory")]
+    #[error("all {count} HDM decoders are committed to other memory: {RESET}")]
     NoneFree {
         /// How many there are.
         count: u8,
     },
     /// The window is too small.
-    #[error("a window of {window:#x} bytes cannot hold the {needed:#x} bytes of the DC regions")]
+    #[error(
+        "a window of {window:#x} bytes cannot hold the {needed:#x} bytes of the DC regions: have the firmware \
+         make it larger (QEMU: cxl-fmw.0.size)"
+    )]
     WindowTooSmall {
         /// Bytes the window has.
         window: u64,
@@ -166,7 +178,7 @@ pub enum DecoderError {
     },
     /// Decoders go up in HPA and DPA, and this one would not.
     #[error(
-        "decoder {decoder} ends at {what} {end:#x}, above {start:#x}: decoders are committed in rising order"
+        "decoder {decoder} ends at {what} {end:#x}, above {start:#x}: decoders are committed in rising order; {RESET}"
     )]
     OutOfOrder {
         /// The decoder in the way.
@@ -179,7 +191,7 @@ pub enum DecoderError {
         start: u64,
     },
     /// The device refused.
-    #[error("the device refuses to commit decoder {decoder}: control {control:#x}")]
+    #[error("the device refuses to commit decoder {decoder}: control {control:#x}; {RESET}")]
     CommitFailed {
         /// Which decoder.
         decoder: u8,
@@ -187,7 +199,7 @@ pub enum DecoderError {
         control: u32,
     },
     /// The device did not answer.
-    #[error("decoder {decoder} is not committed after {millis} ms: control {control:#x}")]
+    #[error("decoder {decoder} is not committed after {millis} ms: control {control:#x}; {RESET}")]
     CommitTimeout {
         /// Which decoder.
         decoder: u8,

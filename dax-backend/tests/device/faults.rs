@@ -139,6 +139,7 @@ fn device_without_dynamic_capacity_is_told() {
             matches!(error, OpenError::NotDynamicCapacity { opcode: missing } if missing == opcode),
             "{error}"
         );
+        assert!(error.to_string().contains("dcm serve --dax"), "{error}");
     }
 }
 

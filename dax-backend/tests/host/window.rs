@@ -180,5 +180,6 @@ fn refused_commit_is_told_with_the_decoder_and_its_register() {
         matches!(source, DecoderError::CommitFailed { decoder: 0, .. }),
         "{source}"
     );
+    assert!(source.to_string().contains("BDF/reset"), "{source}");
     assert_eq!(model.decode(WINDOW.base), None, "it is taken back");
 }
