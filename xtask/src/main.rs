@@ -1,6 +1,6 @@
 //! `cargo xtask`: every task of this repository, one file per task.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod api;
 mod bench;

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, set_parent_process_death_signal};
 
 /// What came of a run.
 #[derive(Debug)]
@@ -36,7 +36,8 @@ impl Finished {
     }
 }
 
-/// A program that runs in the background, in a process group of its own, and does not outlive this value.
+/// A program that runs in the background, in a process group of its own, and outlives neither this value nor the
+/// thread that started it.
 #[derive(Debug)]
 pub(crate) struct Background {
     child: Child,
@@ -53,11 +54,13 @@ struct Reader {
 impl Background {
     /// Starts `command` with captured output and no input.
     pub(crate) fn start(command: &mut Command) -> Result<Self> {
-        let mut child = command
+        command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .process_group(0)
+            .process_group(0);
+        end_with_us(command);
+        let mut child = command
             .spawn()
             .with_context(|| format!("can't start {}", command.get_program().display()))?;
         let stdout = Reader::start(child.stdout.take().context("no stdout")?);
@@ -155,6 +158,19 @@ impl Drop for Background {
     }
 }
 
+/// Nobody drops anything when we are killed, and a guest or a broker would go on for ever: the kernel ends what
+/// `command` starts (PR_SET_PDEATHSIG, prctl(2)).
+#[expect(
+    unsafe_code,
+    reason = "std has no other way to do something in the child before exec"
+)]
+fn end_with_us(command: &mut Command) {
+    // SAFETY: between fork and exec the closure makes one system call, and neither allocates nor locks.
+    unsafe {
+        command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+    }
+}
+
 /// Runs `command` to its end, at most `limit`.
 pub(crate) fn run(command: &mut Command, limit: Duration) -> Result<Finished> {
     Background::start(command)?.finish(limit)
@@ -213,6 +229,16 @@ mod tests {
         assert!(finished.timed_out && !finished.success());
         assert_eq!(finished.stdout, "before\n");
         assert!(start.elapsed() < Duration::from_secs(30));
+    }
+
+    /// A task that was killed left QEMU and brokers running.
+    #[test]
+    fn a_program_ends_with_who_started_it() {
+        let start = || Background::start(Command::new("sleep").arg("600"));
+        let sleep = thread::spawn(start).join().unwrap().unwrap();
+        let finished = sleep.finish(Duration::from_secs(60)).unwrap();
+        assert!(!finished.timed_out);
+        assert_eq!(finished.ending(), "signal 9");
     }
 
     #[test]
