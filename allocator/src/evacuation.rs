@@ -25,6 +25,9 @@ const MAPPINGS_LEFT: usize = 512;
 /// is taken from in two, and become one of its own.
 const MAPPINGS_EACH: usize = 2;
 
+/// So many granules that can't be brought back are passed over at a time.
+const FAILURES: usize = 4;
+
 /// So often what direct I/O was using is tried once more.
 const TRIES: u32 = 5;
 
@@ -233,14 +236,14 @@ impl Evacuator {
         {
             moved += 1;
         }
+        let mut failures = 0;
         while moved < most
+            && failures < FAILURES
             && let Some(picked) = heap.space().pick_returning(most - moved)
         {
             let back = self.carry_out(heap, source, picked);
             moved += back.granules();
-            if back.stopped.is_some() {
-                break;
-            }
+            failures += usize::from(back.stopped.is_some());
         }
         heap.note_promoted(moved);
         moved

@@ -447,7 +447,7 @@ impl Heap {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.space.set_exhausted(true);
+                self.service.lose_patience(self);
                 return false;
             }
             if ask {

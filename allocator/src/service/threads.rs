@@ -26,6 +26,9 @@ const RESTRAINT: u32 = 20;
 const HURRY: u32 = 100;
 /// Every so many ticks the control group is looked at.
 const STRAIN_EVERY: u32 = 10;
+/// So often granules that could not be brought back are tried again: a lock or
+/// a transfer may be over.
+const FORGIVE_EVERY: Duration = Duration::from_secs(5);
 /// When there was no memory to bring a granule back to, that is tried again.
 const RETRY: Duration = Duration::from_millis(10);
 /// Room for the thread-locals of the program and its libraries, which share
@@ -100,6 +103,7 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
     let mut strain = Strain::now();
     let mut before = heap.space().usage();
     let mut last_tick = Instant::now();
+    let mut forgiven = last_tick;
     let mut ticks = 0u32;
     loop {
         let seen = heap.wanted().read();
@@ -141,8 +145,13 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
         if ticks.is_multiple_of(STRAIN_EVERY) && strain.grew() {
             service.strained.store(true, Ordering::Release);
         }
+        service.regain_patience(heap);
         heap.space().tick();
         heap.decay_extents();
+        if forgiven.elapsed() > FORGIVE_EVERY {
+            forgiven = Instant::now();
+            heap.space().forgive();
+        }
         if let Some(evacuator) = service.evacuator.lock().as_mut() {
             evacuator.sweep(heap);
             if restraint == 0 && service.is_running() {
@@ -206,6 +215,7 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
             } => {
                 heap.space().lend(&ranges);
                 if last {
+                    service.impatient.store(false, Ordering::Release);
                     heap.space().set_exhausted(exhausted);
                     service.asked.store(false, Ordering::Release);
                 }
