@@ -32,9 +32,10 @@ const CAREFUL_FROM: usize = (32 << 10) + 1;
 const IO_ALIGN: usize = 512;
 /// jemalloc's own default, for DRAM.
 const DRAM_DECAY_MS: isize = 10_000;
-/// How long a small allocation waits for granules that have been asked for:
-/// a broker takes a tenth of a millisecond, its turn on a busy processor longer.
-const ON_ITS_WAY_MS: u32 = 20;
+/// How long a small allocation waits for granules that have been asked for: a
+/// broker takes a tenth of a millisecond, its turn on a busy processor longer.
+/// Once it was in vain, nobody waits until the broker has answered.
+const ON_ITS_WAY_MS: u32 = 100;
 /// How long an allocation waits for an answer of a source that has not said
 /// that it is exhausted. A broker answers in well under a millisecond; this
 /// only bounds what a broker that hangs can do to a program.
@@ -447,7 +448,7 @@ impl Heap {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.service.lose_patience(self);
+                self.supply.lose_patience(&self.space);
                 return false;
             }
             if ask {

@@ -97,6 +97,9 @@ pub struct Supply {
     pub patience_ms: AtomicU32,
     /// Wait even when the lender has said that it has no more.
     pub insist: AtomicBool,
+    /// A thread waited for too long, and the space counts as exhausted until
+    /// the lender says something, or has nothing to say.
+    pub impatient: AtomicBool,
     /// A forked child: it has no lender, and may have one.
     pub orphan: AtomicBool,
     /// Called once when an orphan needs a granule. It may allocate: a hook
@@ -113,6 +116,7 @@ impl Supply {
             lent: Signal::new(),
             patience_ms: AtomicU32::new(0),
             insist: AtomicBool::new(false),
+            impatient: AtomicBool::new(false),
             orphan: AtomicBool::new(false),
             adopt,
         }
@@ -124,6 +128,15 @@ impl Supply {
     fn find_lender(&self) {
         if self.orphan.load(Ordering::Relaxed) && self.orphan.swap(false, Ordering::AcqRel) {
             (self.adopt)();
+        }
+    }
+
+    /// A thread has waited in vain for a lender that has not said that it has
+    /// no more: the next ones do not wait.
+    pub fn lose_patience(&self, space: &Space) {
+        if !space.is_exhausted() {
+            space.set_exhausted(true);
+            self.impatient.store(true, Ordering::Release);
         }
     }
 
@@ -250,6 +263,9 @@ impl Hooks {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             let vain = self.space.is_exhausted() && !insist;
+            if left.is_zero() && patience > 0 {
+                self.supply.lose_patience(self.space);
+            }
             if left.is_zero() || vain {
                 return self.space.alloc(self.domain, size, alignment, dram);
             }

@@ -42,9 +42,6 @@ pub(crate) struct Service {
     strained: AtomicBool,
     /// A request is on its way to the source.
     asked: AtomicBool,
-    /// A thread waited for too long, and the space counts as exhausted until
-    /// the source says something, or has nothing to say.
-    impatient: AtomicBool,
     recalls: Lock<[Option<Recall>; RECALLS]>,
     /// Extents that are gone, which what moves may arrive on yet.
     landing: Lock<[Option<Ranges>; RECALLS]>,
@@ -81,7 +78,6 @@ impl Service {
             plenty: AtomicBool::new(false),
             strained: AtomicBool::new(false),
             asked: AtomicBool::new(false),
-            impatient: AtomicBool::new(false),
             recalls: Lock::new([None; RECALLS]),
             landing: Lock::new([None; RECALLS]),
             trim: AtomicBool::new(false),
@@ -135,7 +131,6 @@ impl Service {
             &self.plenty,
             &self.strained,
             &self.asked,
-            &self.impatient,
             &self.trim,
         ] {
             flag.store(false, Ordering::Release);
@@ -210,21 +205,15 @@ impl Service {
         self.recalls.lock().iter_mut().find_map(Option::take)
     }
 
-    /// A thread has waited in vain for a source that has not said that it has
-    /// no more: the next ones do not wait.
-    pub(crate) fn lose_patience(&self, heap: &Heap) {
-        if !heap.space().is_exhausted() {
-            heap.space().set_exhausted(true);
-            self.impatient.store(true, Ordering::Release);
-        }
-    }
-
-    /// Ends what [`Service::lose_patience`] began, unless the source owes an
+    /// Ends what [`Supply::lose_patience`] began, unless the source owes an
     /// answer: nothing would end it otherwise.
+    ///
+    /// [`Supply::lose_patience`]: crate::engine::Supply::lose_patience
     fn regain_patience(&self, heap: &Heap) {
-        if self.impatient.load(Ordering::Acquire)
+        let impatient = &heap.supply().impatient;
+        if impatient.load(Ordering::Acquire)
             && !self.asked.load(Ordering::Acquire)
-            && self.impatient.swap(false, Ordering::AcqRel)
+            && impatient.swap(false, Ordering::AcqRel)
         {
             heap.space().set_exhausted(false);
         }
@@ -233,7 +222,7 @@ impl Service {
     /// The heap goes on with what it has. Who waits for extents may go on
     /// waiting: the source may be back in time.
     fn away(&self, heap: &Heap) {
-        self.impatient.store(false, Ordering::Release);
+        heap.supply().impatient.store(false, Ordering::Release);
         heap.space().set_exhausted(true);
         self.asked.store(false, Ordering::Release);
         heap.lent().raise();
@@ -241,7 +230,7 @@ impl Service {
 
     fn closed(&self, heap: &Heap) {
         self.running.store(false, Ordering::Release);
-        self.impatient.store(false, Ordering::Release);
+        heap.supply().impatient.store(false, Ordering::Release);
         heap.space().set_exhausted(true);
         heap.expect_none();
         heap.lent().raise();
@@ -263,9 +252,9 @@ mod tests {
     #[test]
     fn lost_patience_comes_back_unless_an_answer_is_owed() {
         static HEAP: Heap = Heap::new();
-        let (service, space) = (HEAP.service(), HEAP.space());
+        let (service, supply, space) = (HEAP.service(), HEAP.supply(), HEAP.space());
         space.set_exhausted(false);
-        service.lose_patience(&HEAP);
+        supply.lose_patience(space);
         assert!(space.is_exhausted());
         service.asked.store(true, Ordering::Release);
         service.regain_patience(&HEAP);
@@ -276,7 +265,7 @@ mod tests {
 
         // What the source itself has said stands.
         space.set_exhausted(true);
-        service.lose_patience(&HEAP);
+        supply.lose_patience(space);
         service.regain_patience(&HEAP);
         assert!(space.is_exhausted());
     }

@@ -215,7 +215,7 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
             } => {
                 heap.space().lend(&ranges);
                 if last {
-                    service.impatient.store(false, Ordering::Release);
+                    heap.supply().impatient.store(false, Ordering::Release);
                     heap.space().set_exhausted(exhausted);
                     service.asked.store(false, Ordering::Release);
                 }
