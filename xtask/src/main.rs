@@ -12,6 +12,7 @@ mod guest;
 mod header;
 mod install;
 mod man;
+mod others;
 mod packages;
 mod pictures;
 mod process;
