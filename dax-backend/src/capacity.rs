@@ -46,6 +46,12 @@ pub trait CapacityDevice: Send {
     /// "sanitize on release"). Everything else must be zeroed before its first use.
     fn sanitizes(&self, range: &DpaRange) -> bool;
 
+    /// Whether memory at `range` may be shared with other hosts (CDAT, DSMAS flag "shareable").
+    /// Sequence numbers other than 0 say so too; a tag of one extent has none.
+    fn shares(&self, _range: &DpaRange) -> bool {
+        false
+    }
+
     /// What happened so far.
     fn counters(&self) -> DeviceCounters;
 }

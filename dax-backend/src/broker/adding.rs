@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::admin::{Added, AdminReply, RejectedExtent};
+use super::admin::{Added, AdminReply, RejectedExtent, SharedOffer};
 use super::connection::ConnectionId;
 use super::fabric::FabricThread;
 use super::recall::{RecallRequest, Target};
@@ -58,6 +58,7 @@ impl Broker {
         requester: ConnectionId,
         sizes: Vec<u64>,
         tag: Option<Uuid>,
+        shared: Option<SharedOffer>,
         now: Instant,
     ) {
         let tag = tag.map_or(ExtentTag::NULL, ExtentTag::from);
@@ -67,9 +68,13 @@ impl Broker {
                      fabric manager (FM-API, Redfish or QMP), not by dcm add"
             }
             Some(_) if sizes.is_empty() => "no size given",
+            Some(_) if shared.is_some() && tag.is_null() => {
+                "shared capacity has a tag, by which hosts know it: say --tag UUID"
+            }
             Some(fabric) => {
+                let held = &self.device.snapshot.accepted;
                 self.adds.push(PendingAdd {
-                    ticket: fabric.add(sizes, tag, &self.device.snapshot.accepted),
+                    ticket: fabric.add(sizes, tag, shared, held),
                     requester: Some(requester),
                     requested: now,
                     offered: None,
@@ -86,7 +91,12 @@ impl Broker {
     pub(super) fn ask_for_more(&mut self, bytes: u64, now: Instant) {
         if let Some(fabric) = &mut self.fabric {
             self.adds.push(PendingAdd {
-                ticket: fabric.add(vec![bytes], ExtentTag::NULL, &self.device.snapshot.accepted),
+                ticket: fabric.add(
+                    vec![bytes],
+                    ExtentTag::NULL,
+                    None,
+                    &self.device.snapshot.accepted,
+                ),
                 requester: None,
                 requested: now,
                 offered: None,
@@ -211,8 +221,8 @@ impl Broker {
             }
         }
         let synced = self.sync_capacity();
-        if !taken.is_empty() || !synced.lost.is_empty() {
-            self.taken_by_force(&taken, &synced.lost, now);
+        if !taken.is_empty() || synced.has_lost() {
+            self.taken_by_force(&taken, &synced, now);
         }
         if !wanted.is_empty() {
             DpaRange::coalesce(&mut wanted);

@@ -42,6 +42,9 @@ pub enum AdminRequest {
         sizes: Vec<u64>,
         /// Their tag.
         tag: Option<Uuid>,
+        /// Shared with other hosts, not this one's alone.
+        #[serde(default)]
+        shared: Option<SharedOffer>,
     },
     /// Capacity back to the device.
     Release {
@@ -59,6 +62,15 @@ pub enum AdminRequest {
         #[serde(default)]
         progress: bool,
     },
+}
+
+/// Shared capacity, as it comes from another host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedOffer {
+    /// The file that another host has written there, for the software device: an absolute path
+    /// that the broker can read.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub content: Option<PathBuf>,
 }
 
 /// What to release.

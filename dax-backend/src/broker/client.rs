@@ -26,6 +26,7 @@ use super::protocol::{
     WELCOME_USERFAULTFD, WindowRange,
 };
 use super::socket::{Descriptors, SocketError, readable, receive_message, send_message};
+use crate::extent::ExtentTag;
 
 /// How long a broker may take to welcome a client, and to make room for a
 /// message: it may be waiting for its device, which has 2 s for a command
@@ -115,6 +116,8 @@ pub enum FromBroker {
     Grant {
         /// Leased from now on, reading as zero.
         ranges: Ranges,
+        /// Their tag; null: none.
+        tag: ExtentTag,
         /// No more capacity now.
         exhausted: bool,
         /// Nothing more follows for this request.
@@ -219,6 +222,20 @@ impl BrokerClient {
         Ok(client)
     }
 
+    /// Connects as one that maps shared capacity.
+    pub(super) fn connect_reader(path: &CStr, run_id: u128) -> Result<Self, ConnectError> {
+        let client = Self::open(path)?;
+        client.send(&hello(Role::Reader, run_id), &[])?;
+        client.answer(&mut Descriptors::default())?;
+        Ok(client)
+    }
+
+    /// The next message, which must come in four seconds.
+    pub(super) fn patiently(&self, fds: &mut Descriptors) -> Result<Message, ConnectError> {
+        self.receive(Some(PATIENCE), fds)?
+            .ok_or(ConnectError::Silent)
+    }
+
     fn open(path: &CStr) -> Result<Self, ConnectError> {
         let address = SocketAddrUnix::new(path).map_err(|_| ConnectError::Path)?;
         let socket = socket_with(
@@ -248,9 +265,7 @@ impl BrokerClient {
 
     /// The answer to a hello: a welcome, or the reason for none.
     fn answer(&self, fds: &mut Descriptors) -> Result<Message, ConnectError> {
-        let Some(message) = self.receive(Some(PATIENCE), fds)? else {
-            return Err(ConnectError::Silent);
-        };
+        let message = self.patiently(fds)?;
         match message.kind() {
             Some(Kind::Welcome) => Ok(message),
             Some(Kind::Refused) => Err(ConnectError::Refused {
@@ -266,9 +281,15 @@ impl BrokerClient {
         self.socket.as_fd()
     }
 
-    /// Asks for `bytes` of capacity; grants follow through [`Self::recv`].
+    /// Asks for `bytes` of capacity with no tag; grants follow through [`Self::recv`].
     pub fn request_lease(&self, bytes: u64) -> Result<(), ClientError> {
-        self.send(&Message::new(Kind::Lease).with_arg(0, bytes), &[])
+        self.request_tagged_lease(bytes, ExtentTag::NULL)
+    }
+
+    /// Asks for `bytes` of the capacity with this tag.
+    pub fn request_tagged_lease(&self, bytes: u64, tag: ExtentTag) -> Result<(), ClientError> {
+        let message = Message::new(Kind::Lease).with_arg(0, bytes).with_tag(tag);
+        self.send(&message, &[])
     }
 
     /// Gives `ranges` back, in as many messages as they need. The caller has
@@ -313,6 +334,7 @@ impl BrokerClient {
         Ok(Some(match message.kind() {
             Some(Kind::Grant) => FromBroker::Grant {
                 ranges: message.ranges(),
+                tag: message.tag(),
                 exhausted: flags & GRANT_EXHAUSTED != 0,
                 last: flags & GRANT_LAST != 0,
             },

@@ -165,7 +165,10 @@ client_page! {
 /// was started anew which client this is.
 pub(super) const KEY_OFFSET: usize = PAGE_SIZE - 16;
 
-const _: () = assert!(size_of::<ClientPage>() <= KEY_OFFSET);
+/// Where the broker says that what a reader maps is gone: a word, 1 then.
+pub(super) const LOST_OFFSET: usize = KEY_OFFSET - 8;
+
+const _: () = assert!(size_of::<ClientPage>() <= LOST_OFFSET);
 const _: () = assert!(size_of::<ClientPage>() == size_of::<ClientStats>());
 
 /// A mapped client page. Dropping it unmaps the page, which ends the lease: a
@@ -183,6 +186,15 @@ impl ClientPageMapping {
     /// Maps `page` (a memfd of at least [`PAGE_SIZE`] bytes) and keeps it from
     /// forked children, which hold no lease of their parent's.
     pub fn map(page: impl AsFd) -> Result<Self, Errno> {
+        let mapping = Self::map_inherited(page)?;
+        let address = mapping.page.as_ptr().cast();
+        // SAFETY: exactly the mapping just made; children not inheriting it breaks nothing.
+        unsafe { madvise(address, PAGE_SIZE, Advice::LinuxDontFork) }?;
+        Ok(mapping)
+    }
+
+    /// The same, with forked children: for what they inherit as well.
+    pub fn map_inherited(page: impl AsFd) -> Result<Self, Errno> {
         // A shorter file would raise SIGBUS at the first count.
         let stat = rustix::fs::fstat(&page)?;
         if stat.st_size < PAGE_SIZE as i64 {
@@ -199,12 +211,17 @@ impl ClientPageMapping {
                 0,
             )
         }?;
-        let mapping = Self {
+        Ok(Self {
             page: NonNull::new(address.cast()).ok_or(Errno::FAULT)?,
-        };
-        // SAFETY: exactly the mapping made above; children not inheriting it breaks nothing.
-        unsafe { madvise(address, PAGE_SIZE, Advice::LinuxDontFork) }?;
-        Ok(mapping)
+        })
+    }
+
+    /// Whether the broker has said that what this page stands for is gone.
+    pub fn is_lost(&self) -> bool {
+        // SAFETY: inside the mapped page (asserted below), aligned, and any
+        // bits are a valid number; the broker writes it once.
+        let word = unsafe { self.page.byte_add(LOST_OFFSET).cast::<AtomicU64>().as_ref() };
+        word.load(Ordering::Acquire) != 0
     }
 
     /// The key that the broker wrote there.

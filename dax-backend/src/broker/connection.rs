@@ -11,6 +11,7 @@ use rustix::net::SendFlags;
 use super::lease::ClientId;
 use super::peer::Peer;
 use super::protocol::Message;
+use super::sharing::ReaderId;
 use super::socket::{Descriptors, SocketError, receive_message, send_message};
 
 /// The broker's number for a connection.
@@ -29,6 +30,10 @@ pub(super) enum Phase {
     Client(ClientId),
     /// A process that says which leases it has.
     Rejoining(ClientId),
+    /// A process that is going to say which shared tag it maps.
+    Reading,
+    /// A process that maps a shared tag.
+    Reader(ReaderId),
     /// The operator.
     Admin,
 }

@@ -35,6 +35,8 @@ pub(super) struct Snapshot {
     pub(super) accepted: Vec<Extent>,
     /// Where those start that come zeroed.
     sanitized: Vec<Dpa>,
+    /// Where those start that may be shared with other hosts.
+    sharable: Vec<Dpa>,
     pub(super) block_size: u64,
     pub(super) counters: DeviceCounters,
 }
@@ -43,9 +45,11 @@ impl Snapshot {
     fn of(device: &dyn CapacityDevice) -> Self {
         let accepted = device.accepted().to_vec();
         let ranges = accepted.iter().map(|extent| extent.range);
-        let sanitized = ranges.filter(|range| device.sanitizes(range));
+        let sanitized = ranges.clone().filter(|range| device.sanitizes(range));
+        let sharable = ranges.filter(|range| device.shares(range));
         Self {
             sanitized: sanitized.map(|range| range.start).collect(),
+            sharable: sharable.map(|range| range.start).collect(),
             block_size: device.block_size(),
             counters: device.counters(),
             accepted,
@@ -55,6 +59,11 @@ impl Snapshot {
     /// Whether the extent at `range` came zeroed.
     pub(super) fn sanitizes(&self, range: &DpaRange) -> bool {
         self.sanitized.binary_search(&range.start).is_ok()
+    }
+
+    /// Whether the extent at `range` may be shared with other hosts.
+    pub(super) fn shares(&self, range: &DpaRange) -> bool {
+        self.sharable.binary_search(&range.start).is_ok()
     }
 }
 

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use super::admin::SharedOffer;
 use super::handover::describe;
 use super::helper::Helper;
 use crate::address::DpaRange;
@@ -17,6 +18,7 @@ enum Order {
         ticket: u64,
         sizes: Vec<u64>,
         tag: ExtentTag,
+        shared: Option<SharedOffer>,
         held: Vec<Extent>,
     },
     Force {
@@ -50,10 +52,17 @@ impl FabricThread {
                         ticket,
                         sizes,
                         tag,
+                        shared,
                         held,
                     } => {
                         orchestrator.held(&held);
-                        (ticket, orchestrator.add(&sizes, tag))
+                        let offered = match shared {
+                            None => orchestrator.add(&sizes, tag),
+                            Some(SharedOffer { content }) => {
+                                orchestrator.add_shared(&sizes, tag, content.as_deref())
+                            }
+                        };
+                        (ticket, offered)
                     }
                     Order::Force { ticket, ranges } => {
                         let taken = orchestrator.release(&ranges, true);
@@ -71,13 +80,20 @@ impl FabricThread {
 
     /// Asks for an offer of one extent for each of `sizes`, of a host that has `held`; the
     /// ticket.
-    pub(super) fn add(&mut self, sizes: Vec<u64>, tag: ExtentTag, held: &[Extent]) -> u64 {
+    pub(super) fn add(
+        &mut self,
+        sizes: Vec<u64>,
+        tag: ExtentTag,
+        shared: Option<SharedOffer>,
+        held: &[Extent],
+    ) -> u64 {
         self.tickets += 1;
         let ticket = self.tickets;
         self.thread.order(Order::Add {
             ticket,
             sizes,
             tag,
+            shared,
             held: held.to_vec(),
         });
         ticket

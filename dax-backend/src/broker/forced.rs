@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::adding::OFFER_PATIENCE;
 use super::admin::AdminReply;
 use super::connection::ConnectionId;
-use super::lease::ClientId;
+use super::lease::{ClientId, Synced};
 use super::protocol::{RefusalReason, WindowRange};
 use super::recall::Target;
 use super::receipt::{DpaSpan, Origin};
@@ -66,21 +66,17 @@ impl Broker {
         }
     }
 
-    /// The device has taken `ranges`; `lost` were leased. Nobody can be asked,
-    /// but everybody concerned is told.
-    pub(super) fn taken_by_force(
-        &mut self,
-        ranges: &[DpaRange],
-        lost: &[(ClientId, WindowRange)],
-        now: Instant,
-    ) {
+    /// The device has taken `ranges`; some were leased or mapped. Nobody can be
+    /// asked, but everybody concerned is told.
+    pub(super) fn taken_by_force(&mut self, ranges: &[DpaRange], synced: &Synced, now: Instant) {
+        let lost = &synced.lost;
         let found: Vec<DpaRange>;
         let ranges = if ranges.is_empty() {
             // Nobody said so: the device's list shows it.
-            found = lost
-                .iter()
-                .map(|(_, range)| self.table.dpa(*range))
-                .collect();
+            let leased = lost.iter().map(|(_, range)| range);
+            let shared = synced.shared_lost.iter().map(|(_, range)| range);
+            let gone = leased.chain(shared);
+            found = gone.map(|range| self.table.dpa(*range)).collect();
             &found
         } else {
             ranges
@@ -96,6 +92,11 @@ impl Broker {
             receipt
                 .refused
                 .push(self.refusal_of(*range, RefusalReason::Lost, pid));
+        }
+        for (range, pid) in self.shared_taken(&synced.shared_lost) {
+            receipt
+                .refused
+                .push(self.refusal_of(range, RefusalReason::Lost, pid));
         }
         receipt.returned = receipt.asked.saturating_sub(receipt.refused_bytes());
         receipt.returned_free = receipt.returned;

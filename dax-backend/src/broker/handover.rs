@@ -35,7 +35,9 @@ impl Broker {
         let slots: Vec<WindowRange> = parts.iter().flat_map(|(_, slots)| slots.clone()).collect();
         self.table.leave(&slots);
         let ranges = parts.iter().map(|(range, _)| *range).collect();
-        self.device.release(slots, ranges);
+        // Other hosts go on reading what they share.
+        let ours = slots.into_iter().filter(|run| !self.table.is_shared(*run));
+        self.device.release(ours.collect(), ranges);
         self.leaving = Some(Leaving {
             parts,
             unasked: recall.is_none_or(|recall| !recall.has_asked()),

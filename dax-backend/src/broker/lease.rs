@@ -5,15 +5,19 @@
 //! `Dirty → Clean → (Warm) → Leased → Dirty`, and leave when the extent does;
 //! what the device takes from under a lease is `Lost` until its holder lets go.
 //! Grants come from the extents that are fullest already, so that the others
-//! stay empty and can be given back whole.
+//! stay empty and can be given back whole. Capacity with a tag is leased only to
+//! who asks for that tag. What is *shared* with other hosts is `Shared` and goes
+//! round nothing: it is never leased and never wiped (`sharing.rs`).
 #![forbid(unsafe_code)]
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use thiserror::Error;
 
 use super::ledger::{Ledger, SlotEntry};
 use super::protocol::{GRANULE, WindowRange};
 use crate::address::{Dpa, DpaRange};
-use crate::extent::Extent;
+use crate::extent::{Extent, ExtentTag};
 
 /// The broker's number for a client; never used twice in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,6 +43,11 @@ pub(super) enum Slot {
     Broken,
     /// On its way to the device, which has not answered yet.
     Leaving,
+    /// Shared with other hosts: it is mapped read-only, and never leased or wiped.
+    Shared,
+    /// Taken by the device while it was shared. Nobody gets it before all who
+    /// mapped it have let go.
+    SharedLost,
 }
 
 impl Slot {
@@ -57,6 +66,8 @@ pub(super) struct Counts {
     pub(super) lost: usize,
     pub(super) broken: usize,
     pub(super) leaving: usize,
+    pub(super) shared: usize,
+    pub(super) shared_lost: usize,
 }
 
 impl Counts {
@@ -70,6 +81,8 @@ impl Counts {
             Slot::Lost(_) => Some(&mut self.lost),
             Slot::Broken => Some(&mut self.broken),
             Slot::Leaving => Some(&mut self.leaving),
+            Slot::Shared => Some(&mut self.shared),
+            Slot::SharedLost => Some(&mut self.shared_lost),
         }
     }
 }
@@ -81,6 +94,8 @@ pub(super) struct ExtentSlots {
     pub(super) first: usize,
     pub(super) count: usize,
     pub(super) leased: usize,
+    /// Other hosts have it too.
+    pub(super) shared: bool,
 }
 
 impl ExtentSlots {
@@ -123,6 +138,15 @@ pub(super) struct Synced {
     pub(super) gained: u64,
     /// Leases whose memory is gone (forced release).
     pub(super) lost: Vec<(ClientId, WindowRange)>,
+    /// Shared memory that is gone while somebody mapped it.
+    pub(super) shared_lost: Vec<(ExtentTag, WindowRange)>,
+}
+
+impl Synced {
+    /// Whether somebody has lost something.
+    pub(super) fn has_lost(&self) -> bool {
+        !(self.lost.is_empty() && self.shared_lost.is_empty())
+    }
 }
 
 /// The table.
@@ -139,6 +163,8 @@ pub(super) struct LeaseTable {
     huge: Vec<bool>,
     pub(super) extents: Vec<ExtentSlots>,
     counts: Counts,
+    /// Shared tags that are mapped, and by how many readers.
+    pub(super) mapped: BTreeMap<ExtentTag, usize>,
     /// Where all of it is written down at once.
     pub(super) ledger: Ledger,
 }
@@ -157,6 +183,7 @@ impl LeaseTable {
             huge: vec![false; granules],
             extents: Vec::new(),
             counts: Counts::default(),
+            mapped: BTreeMap::new(),
             ledger,
         };
         for index in 0..granules {
@@ -172,18 +199,26 @@ impl LeaseTable {
     }
 
     /// Takes over the list of accepted extents. New granules are dirty unless
-    /// `zeroed` says that the device promises zeroes.
+    /// `zeroed` says that the device promises zeroes, and those of a tag shared
+    /// if its extents are numbered or lie where `sharable` says so.
     pub(super) fn sync(
         &mut self,
         accepted: &[Extent],
         zeroed: impl Fn(&DpaRange) -> bool,
+        sharable: impl Fn(&DpaRange) -> bool,
     ) -> Synced {
         let mut synced = Synced::default();
         let mut present = vec![Slot::Absent; self.slots.len()];
-        self.extents.clear();
+        let before = std::mem::take(&mut self.extents);
+        let numbered = accepted.iter().filter(|e| e.shared_seq != 0);
+        let numbered: BTreeSet<ExtentTag> = numbered.map(|e| e.tag).collect();
         for extent in accepted {
             let (first, count) = self.whole_granules(&extent.range);
-            let fresh = if zeroed(&extent.range) {
+            let shared = !extent.tag.is_null()
+                && (numbered.contains(&extent.tag) || sharable(&extent.range));
+            let fresh = if shared {
+                Slot::Shared
+            } else if zeroed(&extent.range) {
                 Slot::Clean
             } else {
                 Slot::Dirty
@@ -194,20 +229,38 @@ impl LeaseTable {
                 first,
                 count,
                 leased: 0,
+                shared,
             });
         }
         for (index, &fresh) in present.iter().enumerate() {
             match (self.slots[index], fresh) {
-                (Slot::Absent, Slot::Absent) | (Slot::Lost(_), _) => {}
+                (Slot::Absent, Slot::Absent) | (Slot::Lost(_) | Slot::SharedLost, _) => {}
                 (Slot::Absent, fresh) => {
                     self.set(index, fresh);
                     synced.gained += GRANULE;
                 }
-                (old, Slot::Absent) => {
+                (Slot::Shared, Slot::Shared) => {}
+                // Also what has become something else while nobody looked.
+                (old, fresh)
+                    if fresh == Slot::Absent
+                        || (old == Slot::Shared) != (fresh == Slot::Shared) =>
+                {
                     self.outgoing[index] = false;
                     self.wanted[index] = false;
                     self.huge[index] = false;
-                    self.set(index, Slot::Absent);
+                    self.set(index, fresh);
+                    if old == Slot::Shared
+                        && let Some(tag) = self.mapped_there(&before, index)
+                    {
+                        self.set(index, Slot::SharedLost);
+                        let gone = range_of(index, 1);
+                        match synced.shared_lost.last_mut() {
+                            Some((same, last)) if *same == tag && last.end() == gone.offset => {
+                                last.len += GRANULE;
+                            }
+                            _ => synced.shared_lost.push((tag, gone)),
+                        }
+                    }
                     if let Slot::Leased(client) = old {
                         self.set(index, Slot::Lost(client));
                         let gone = range_of(index, 1);
@@ -232,11 +285,17 @@ impl LeaseTable {
         synced
     }
 
-    /// Leases up to `bytes` (rounded up to granules) of zeroed memory to `client`.
-    pub(super) fn grant(&mut self, client: ClientId, bytes: u64) -> Vec<WindowRange> {
+    /// Leases up to `bytes` (rounded up to granules) of zeroed memory with this
+    /// tag (none, if it is null) to `client`.
+    pub(super) fn grant(
+        &mut self,
+        client: ClientId,
+        bytes: u64,
+        tag: ExtentTag,
+    ) -> Vec<WindowRange> {
         let mut wanted = bytes.div_ceil(GRANULE);
         let mut granted = Vec::new();
-        for extent in self.fullest_first() {
+        for extent in self.fullest_first_of(tag) {
             // Warm granules first: the client's first touch is then one fault, not 512.
             for kind in [Slot::Warm, Slot::Clean] {
                 for index in self.extents[extent].slots() {
@@ -289,7 +348,7 @@ impl LeaseTable {
         if self.counts.dirty == 0 {
             return None;
         }
-        let run = self.next_run(Slot::Dirty)?;
+        let run = self.next_run(Slot::Dirty, |_| true)?;
         let slots = granules(run);
         let huge = self.huge[slots.start];
         let alike = slots.clone().take_while(|i| self.huge[*i] == huge).count();
@@ -302,15 +361,18 @@ impl LeaseTable {
         if self.counts.clean == 0 || self.counts.warm >= reserve {
             return None;
         }
-        self.next_run(Slot::Clean).map(|run| WindowRange {
+        let cold = self.next_run(Slot::Clean, |_| true);
+        cold.map(|run| WindowRange {
             len: GRANULE,
             ..run
         })
     }
 
-    fn next_run(&self, kind: Slot) -> Option<WindowRange> {
+    fn next_run(&self, kind: Slot, of: impl Fn(&Extent) -> bool) -> Option<WindowRange> {
         let wanted = |index: usize| self.slots[index] == kind && !self.outgoing[index];
-        self.fullest_first().into_iter().find_map(|extent| {
+        let order = self.fullest_first();
+        let mut order = order.into_iter().filter(|i| of(&self.extents[*i].extent));
+        order.find_map(|extent| {
             let slots = self.extents[extent].slots();
             let first = slots.clone().find(|index| wanted(*index))?;
             let count = (first..slots.end)
@@ -349,10 +411,16 @@ impl LeaseTable {
         }
     }
 
-    /// Whether a lease request could get something now.
-    pub(super) fn can_grant(&self) -> bool {
+    /// Whether a request for this tag could get something now.
+    pub(super) fn can_grant(&self, tag: ExtentTag) -> bool {
+        let of = |extent: &Extent| extent.tag == tag;
         self.counts.warm + self.counts.clean > 0
-            && (self.next_run(Slot::Warm).is_some() || self.next_run(Slot::Clean).is_some())
+            && (self.next_run(Slot::Warm, of).is_some() || self.next_run(Slot::Clean, of).is_some())
+    }
+
+    /// Whether something of this tag is being wiped.
+    pub(super) fn is_wiping(&self, tag: ExtentTag) -> bool {
+        self.counts.dirty > 0 && self.next_run(Slot::Dirty, |e| e.tag == tag).is_some()
     }
 
     /// Granules in each state.
@@ -379,6 +447,13 @@ impl LeaseTable {
     fn fullest_first(&self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.extents.len()).collect();
         order.sort_by_key(|index| std::cmp::Reverse(self.extents[*index].leased));
+        order
+    }
+
+    /// As [`Self::fullest_first`], those with this tag.
+    fn fullest_first_of(&self, tag: ExtentTag) -> Vec<usize> {
+        let mut order = self.fullest_first();
+        order.retain(|index| self.extents[*index].extent.tag == tag);
         order
     }
 

@@ -125,6 +125,8 @@ impl Ledger {
             4 => Slot::Leased(client),
             5 => Slot::Lost(client),
             6 => Slot::Broken,
+            7 => Slot::Shared,
+            8 => Slot::SharedLost,
             _ => Slot::Absent,
         };
         SlotEntry {
@@ -145,6 +147,8 @@ impl Ledger {
             Slot::Leased(client) => (4, client.0),
             Slot::Lost(client) => (5, client.0),
             Slot::Broken => (6, 0),
+            Slot::Shared => (7, 0),
+            Slot::SharedLost => (8, 0),
         };
         let mut word = state << 56 | u64::from(client);
         word |= if entry.outgoing { OUTGOING } else { 0 };
@@ -252,7 +256,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_by_the_next_broker() {
-        let mut ledger = Ledger::new(8, 0x1000).unwrap();
+        let mut ledger = Ledger::new(9, 0x1000).unwrap();
         let entries = [
             (Slot::Dirty, false, true),
             (Slot::Clean, false, false),
@@ -260,6 +264,8 @@ mod tests {
             (Slot::Leased(ClientId(u32::MAX)), true, false),
             (Slot::Lost(ClientId(3)), false, false),
             (Slot::Broken, true, false),
+            (Slot::Shared, true, false),
+            (Slot::SharedLost, false, false),
             (Slot::Absent, false, false),
         ];
         for (index, (slot, outgoing, huge)) in entries.into_iter().enumerate() {
@@ -277,7 +283,7 @@ mod tests {
         let file = ledger.fd().try_clone_to_owned().unwrap();
         drop(ledger);
 
-        let mut again = Ledger::open(file, 8, 0x1000).unwrap();
+        let mut again = Ledger::open(file, 9, 0x1000).unwrap();
         for (index, (slot, outgoing, huge)) in entries.into_iter().enumerate() {
             let entry = SlotEntry {
                 slot,

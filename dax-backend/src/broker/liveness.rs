@@ -14,7 +14,7 @@ use rustix::io::{Errno, pread, pwrite};
 
 use uuid::Uuid;
 
-use super::client_page::{ClientStats, KEY_OFFSET, PAGE_SIZE, PAGE_VERSION};
+use super::client_page::{ClientStats, KEY_OFFSET, LOST_OFFSET, PAGE_SIZE, PAGE_VERSION};
 
 /// The broker's side of one client page.
 #[derive(Debug)]
@@ -51,6 +51,18 @@ impl Liveness {
     /// The page, to be sent to the client. The broker must never map it.
     pub(super) fn page(&self) -> BorrowedFd<'_> {
         self.page.as_fd()
+    }
+
+    /// Says in the page that what it stands for is gone.
+    pub(super) fn say_lost(&self) {
+        let _ = pwrite(&self.page, &1u64.to_ne_bytes(), LOST_OFFSET as u64);
+    }
+
+    /// Whether that has been said.
+    pub(super) fn is_lost(&self) -> bool {
+        let mut word = [0; 8];
+        let _ = pread(&self.page, &mut word, LOST_OFFSET as u64);
+        u64::from_ne_bytes(word) != 0
     }
 
     /// Whether the last mapping is gone. Once true, no process can map it again.

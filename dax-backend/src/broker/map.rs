@@ -26,6 +26,8 @@ pub enum MapState {
     Lost,
     /// It faults: only the device may have it.
     Broken,
+    /// Shared with other hosts, to be mapped read-only.
+    Shared,
 }
 
 /// Neighbouring granules of an extent that are alike.
@@ -67,6 +69,8 @@ pub(super) fn maps(
                     Slot::Leaving => (MapState::Clean, None),
                     Slot::Lost(client) => (MapState::Lost, pid_of(client)),
                     Slot::Broken => (MapState::Broken, None),
+                    Slot::Shared => (MapState::Shared, None),
+                    Slot::SharedLost => (MapState::Lost, None),
                     Slot::Dirty | Slot::Absent => (MapState::Dirty, None),
                 };
                 let outgoing = outgoing || slot == Slot::Leaving;
@@ -104,7 +108,7 @@ mod tests {
     use super::*;
     use crate::address::{Dpa, DpaRange};
     use crate::broker::ledger::Ledger;
-    use crate::extent::Extent;
+    use crate::extent::{Extent, ExtentTag};
 
     fn table(granules: u64) -> LeaseTable {
         let range = DpaRange {
@@ -112,15 +116,15 @@ mod tests {
             len: granules * GRANULE,
         };
         let mut table = LeaseTable::new(range, GRANULE, Ledger::new(granules as usize, 0).unwrap());
-        table.sync(&[Extent::untagged(range)], |_| true);
+        table.sync(&[Extent::untagged(range)], |_| true, |_| false);
         table
     }
 
     #[test]
     fn a_small_device_is_shown_granule_by_granule() {
         let mut table = table(6);
-        table.grant(ClientId(1), 2 * GRANULE);
-        table.grant(ClientId(2), GRANULE);
+        table.grant(ClientId(1), 2 * GRANULE, ExtentTag::NULL);
+        table.grant(ClientId(2), GRANULE, ExtentTag::NULL);
         table.mark_free(GRANULE);
         let maps = maps(&table, |client| Some(client.0 * 100));
         let runs: Vec<_> = maps[0]
@@ -144,7 +148,7 @@ mod tests {
         let mut table = table(granules);
         // Every granule has another holder than its neighbours.
         for client in 0..granules as u32 {
-            table.grant(ClientId(client), GRANULE);
+            table.grant(ClientId(client), GRANULE, ExtentTag::NULL);
         }
         let maps = maps(&table, |client| Some(client.0));
         assert!(maps[0].len() <= MAP_CELLS);

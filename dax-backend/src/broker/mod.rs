@@ -20,6 +20,8 @@
 //! - `lease` and `outgoing` are the table of who holds which granule, without
 //!   any I/O; `liveness` says when a lease ends, `scrub` wipes what it leaves,
 //!   `warmer` has huge pages ready.
+//! - `sharing` is capacity that other hosts have too, [`shared`] a process that
+//!   maps some.
 //! - [`status`] and [`map`] are what the broker tells about itself.
 
 mod adding;
@@ -54,6 +56,8 @@ mod report;
 mod scrub;
 pub mod server;
 mod session;
+pub mod shared;
+mod sharing;
 mod socket;
 pub mod status;
 mod stop;
@@ -65,10 +69,11 @@ pub use client_page::{ClientPage, ClientPageMapping, ClientStats};
 pub use listener::{ListenError, Listener};
 pub use outcome::{RecallOutcome, StallTimes};
 pub use policy::{CapacityPolicy, PolicyError};
-pub use protocol::{GRANULE, Ranges, RefusalReason, WindowRange};
+pub use protocol::{GRANULE, Ranges, RefusalReason, SharedCode, WindowRange};
 pub use receipt::Receipt;
 pub use scrub::Window;
 pub use server::{Admit, Broker, BrokerConfig};
+pub use shared::{SharedMapping, SharedOpenError};
 pub use socket::SocketError;
 pub use stop::Stop;
 pub use store::{Notice, Store, StoreSocket};

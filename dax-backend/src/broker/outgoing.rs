@@ -83,10 +83,13 @@ impl LeaseTable {
         }
     }
 
-    /// The device is asked to take `ranges`, all of it free or broken.
+    /// The device is asked to take `ranges`, all of it free or broken. What is
+    /// shared stays that, so that no broker after this one wipes it.
     pub(super) fn leave(&mut self, ranges: &[WindowRange]) {
         for index in ranges.iter().flat_map(|range| granules(*range)) {
-            self.set(index, Slot::Leaving);
+            if self.slots[index] != Slot::Shared {
+                self.set(index, Slot::Leaving);
+            }
         }
     }
 
@@ -100,9 +103,10 @@ impl LeaseTable {
         self.unmark(ranges);
     }
 
-    /// Bytes that are free, wiped or not, and not marked.
+    /// Bytes that are free for anybody, wiped or not, and not marked.
     pub(super) fn available_bytes(&self) -> u64 {
-        let all = 0..self.slots.len();
+        let untagged = self.extents.iter().filter(|e| e.extent.tag.is_null());
+        let all = untagged.flat_map(|extent| extent.slots());
         all.filter(|index| self.is_available(*index)).count() as u64 * GRANULE
     }
 
@@ -138,8 +142,11 @@ impl LeaseTable {
         let unit = self.unit();
         let mut out = Vec::new();
         for (index, extent) in self.extents.iter().enumerate() {
+            let mapped = self.mapped.contains_key(&extent.extent.tag);
             let ready = |i: usize| {
-                self.outgoing[i] && (self.slots[i].is_free() || self.slots[i] == Slot::Broken)
+                let slot = self.slots[i];
+                let free = slot.is_free() || slot == Slot::Broken;
+                self.outgoing[i] && (free || slot == Slot::Shared && !mapped)
             };
             let whole = extent.count > 0 && extent.slots().all(ready);
             let tag = extent.extent.tag;

@@ -13,14 +13,16 @@ use thiserror::Error;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-pub use super::reason::{RefusalReason, RefusedCode};
+use crate::extent::ExtentTag;
+
+pub use super::reason::{RefusalReason, RefusedCode, SharedCode};
 
 /// Bytes of one granule, the unit of leases: 2 MiB.
 pub const GRANULE: u64 = 2 << 20;
 /// First four bytes of every message: `DCM1`, read as little-endian.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"DCM1");
 /// Version of this protocol; both ends must agree.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Ranges that fit into one message.
 pub const MAX_RANGES: usize = 28;
 
@@ -30,6 +32,8 @@ pub const WELCOME_USERFAULTFD: u32 = 1 << 0;
 pub const GRANT_EXHAUSTED: u32 = 1 << 0;
 /// [`Kind::Grant`]: last message of the answer to one [`Kind::Lease`].
 pub const GRANT_LAST: u32 = 1 << 1;
+/// [`Kind::Shared`]: last message of the answer.
+pub const SHARED_LAST: u32 = 1 << 0;
 /// [`Kind::Held`]: the list ends here.
 pub const HELD_LAST: u32 = 1 << 0;
 /// [`Kind::Recall`]: the device has already taken the memory; there is nothing left to copy.
@@ -49,7 +53,8 @@ pub const RECALL_UNUSED: u32 = 1 << 2;
 pub enum Kind {
     /// arg0 role ([`Role`]), arg1/arg2 run id (high, low half; 0 if none), or what the role says.
     Hello = 0x01,
-    /// arg0 bytes wanted. Answered by one or more grants, the last with [`GRANT_LAST`].
+    /// arg0 bytes wanted, arg1/arg2 tag (high, low half; 0: untagged). Answered by one or more
+    /// grants, the last with [`GRANT_LAST`].
     Lease = 0x02,
     /// ranges: given back; the client does not map them any more.
     Return = 0x03,
@@ -65,13 +70,17 @@ pub enum Kind {
     /// ranges: what a client that rejoins still has; the last message of the
     /// list, which may be empty, with [`HELD_LAST`].
     Held = 0x07,
+    /// arg1/arg2 tag: its shared capacity is to be mapped read-only. [`Role::Reader`] only;
+    /// answered by [`Kind::Shared`] or [`Kind::SharedRefused`].
+    OpenShared = 0x20,
     /// arg0 window length, arg1 granule, arg2 client id, arg3 offset of the
     /// window in its file; ranges\[0\]: the DPA range it shows. Descriptors:
     /// window, client page, and `/dev/userfaultfd` if [`WELCOME_USERFAULTFD`].
     Welcome = 0x81,
     /// arg0 [`RefusedCode`], arg1 the broker's protocol version.
     Refused = 0x82,
-    /// arg0 bytes in this message, ranges: leased from now on, reading as zero.
+    /// arg0 bytes in this message, arg1/arg2 their tag, ranges: leased from now on, reading as
+    /// zero.
     Grant = 0x83,
     /// id; arg0 bytes asked back, arg1 deadline in ms; ranges (optional): just these.
     Recall = 0x84,
@@ -85,6 +94,12 @@ pub enum Kind {
     /// Before an [`Kind::AdminReply`] that takes time: arg0 bytes asked for,
     /// arg1 bytes returned until now.
     AdminProgress = 0x88,
+    /// arg0 bytes of the tag in all, arg3 offset of the window in its file; ranges: its extents
+    /// in the order of their sequence numbers; the last message has [`SHARED_LAST`]. Descriptors,
+    /// with the first one: window, and a page that is mapped for as long as they are.
+    Shared = 0xa0,
+    /// arg0 [`SharedCode`].
+    SharedRefused = 0xa1,
 }
 
 impl Kind {
@@ -97,6 +112,7 @@ impl Kind {
             0x05 => Self::AdminRequest,
             0x06 => Self::RecallRefused,
             0x07 => Self::Held,
+            0x20 => Self::OpenShared,
             0x81 => Self::Welcome,
             0x82 => Self::Refused,
             0x83 => Self::Grant,
@@ -105,6 +121,8 @@ impl Kind {
             0x86 => Self::DramShort,
             0x87 => Self::AdminReply,
             0x88 => Self::AdminProgress,
+            0xa0 => Self::Shared,
+            0xa1 => Self::SharedRefused,
             _ => return None,
         })
     }
@@ -122,6 +140,9 @@ pub enum Role {
     /// in its page. Answered by a welcome without anything in it, or refused;
     /// then [`Kind::Held`] follows, and is answered likewise.
     Rejoin = 2,
+    /// A process that maps shared capacity. Answered by a welcome without anything in it; then
+    /// [`Kind::OpenShared`] follows.
+    Reader = 0x20,
 }
 
 /// Bytes of the window: offset and length.
@@ -211,6 +232,19 @@ impl Message {
     pub fn with_arg(mut self, index: usize, value: u64) -> Self {
         self.arg[index] = value.into();
         self
+    }
+
+    /// Sets the tag: arguments 1 and 2.
+    pub fn with_tag(self, tag: ExtentTag) -> Self {
+        let number = u128::from_be_bytes(tag.0);
+        self.with_arg(1, (number >> 64) as u64)
+            .with_arg(2, number as u64)
+    }
+
+    /// The tag in arguments 1 and 2.
+    pub fn tag(&self) -> ExtentTag {
+        let number = u128::from(self.arg(1)) << 64 | u128::from(self.arg(2));
+        ExtentTag(number.to_be_bytes())
     }
 
     /// Sets the flags; their meaning depends on the kind.
@@ -406,7 +440,7 @@ mod tests {
             .with_flags(5)
             .with_ranges(&[WindowRange { offset: 3, len: 4 }]);
         let bytes = m.bytes();
-        assert_eq!(&bytes[..8], b"DCM1\x01\x00\x84\x00");
+        assert_eq!(&bytes[..8], b"DCM1\x02\x00\x84\x00");
         assert_eq!(bytes[8..10], [2, 1]);
         assert_eq!(bytes[24], 9);
         assert_eq!((bytes[48], bytes[52], bytes[56], bytes[64]), (1, 5, 3, 4));

@@ -43,6 +43,45 @@ impl RefusedCode {
     }
 }
 
+/// Why a tag can't be mapped; arg0 of [`Kind::SharedRefused`](super::protocol::Kind::SharedRefused).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+#[repr(u64)]
+pub enum SharedCode {
+    /// Nothing that is accepted has this tag.
+    #[error("no capacity here has this tag")]
+    NoTag = 1,
+    /// The tag's capacity belongs to this host alone.
+    #[error("the capacity of this tag is not shared: make an arena with the tag")]
+    NotShared = 2,
+    /// It is on its way back.
+    #[error("the capacity of this tag has been asked back")]
+    AskedBack = 3,
+    /// Some of its extents start or end within a granule.
+    #[error("the extents of this tag are not whole granules of 2 MiB")]
+    Misaligned = 4,
+    /// No descriptors or memory left.
+    #[error("the broker has no room for another mapping")]
+    Full = 5,
+    /// A code of a later version.
+    #[error("the broker gave a reason this version does not know")]
+    Unknown = u64::MAX,
+}
+
+impl SharedCode {
+    /// The code of `arg0`.
+    pub fn from_wire(value: u64) -> Self {
+        match value {
+            1 => Self::NoTag,
+            2 => Self::NotShared,
+            3 => Self::AskedBack,
+            4 => Self::Misaligned,
+            5 => Self::Full,
+            _ => Self::Unknown,
+        }
+    }
+}
+
 /// Why capacity stayed where it was; arg1 of [`Kind::RecallRefused`](super::protocol::Kind::RecallRefused) and a receipt's `reason`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -94,6 +133,12 @@ pub enum RefusalReason {
     /// The client has nearly as many mappings as a process may.
     #[error("the client has nearly as many mappings as it may (vm.max_map_count)")]
     Mappings = 15,
+    /// A program has it mapped read-only.
+    #[error("shared capacity that a program has mapped")]
+    SharedMapped = 0x20,
+    /// Nobody named it.
+    #[error("shared with other hosts: it goes back only by its range")]
+    Shared = 0x21,
     /// A client answered with a reason this version does not know.
     #[error("for a reason this version does not know")]
     Unknown = u64::MAX,
@@ -118,6 +163,8 @@ impl RefusalReason {
             13 => Self::SpillFull,
             14 => Self::SpillFailed,
             15 => Self::Mappings,
+            0x20 => Self::SharedMapped,
+            0x21 => Self::Shared,
             _ => Self::Unknown,
         }
     }

@@ -320,6 +320,8 @@ impl Broker {
             deadline_ms = request.patience.as_millis() as u64,
             "recall starts"
         );
+        // Who let go a moment ago keeps nothing.
+        self.probe_readers(now, true);
         let mut recall = ActiveRecall {
             receipt,
             target: request.target,
@@ -550,7 +552,9 @@ impl Broker {
             }
             // What it moved is to come back when there is capacity.
             if let Some(client) = self.clients.get_mut(&client) {
-                client.starving |= outcome.moved() > 0;
+                if outcome.moved() > 0 {
+                    client.wants_more();
+                }
             }
             recall.hear(&outcome);
             self.claim(&mut recall);

@@ -7,6 +7,9 @@ use super::receipt::{HexDpa, Refusal};
 use super::server::Broker;
 use crate::address::{Dpa, DpaRange};
 
+/// Shared memory, and a process that maps it.
+pub(super) type SharedPart = (WindowRange, Option<u32>);
+
 impl Broker {
     /// Names everything that was asked for and is not returned.
     pub(super) fn refusals(&self, recall: &ActiveRecall) -> Vec<Refusal> {
@@ -56,6 +59,9 @@ impl Broker {
             let pid = Some(client.peer.pid);
             explain(client.leased, RefusalReason::Deadline, pid, None);
         }
+        for (shared, _) in self.table.shared_in(&self.device.span()) {
+            explain(shared.len, RefusalReason::Shared, None, None);
+        }
         explain(u64::MAX, RefusalReason::NotAccepted, None, None);
         refused
     }
@@ -101,6 +107,15 @@ impl Broker {
         for (free, tagged) in self.table.free_in(range) {
             let (reason, detail) = why_free_stayed(recall, tagged);
             explain(free, reason, None, detail);
+        }
+        for (shared, tag) in self.table.shared_in(range) {
+            match self.readers.pid_of(tag) {
+                Some(pid) => explain(shared, RefusalReason::SharedMapped, Some(pid), None),
+                None => {
+                    let (reason, detail) = why_free_stayed(recall, true);
+                    explain(shared, reason, None, detail);
+                }
+            }
         }
         if missing > 0 {
             refused.push(Refusal {

@@ -85,7 +85,7 @@ impl Broker {
                 let report = Box::new(self.run_report(run));
                 self.reply(id, &AdminReply::Run(report), now);
             }
-            AdminRequest::Add { sizes, tag } => self.add(id, sizes, tag, now),
+            AdminRequest::Add { sizes, tag, shared } => self.add(id, sizes, tag, shared, now),
             AdminRequest::Release {
                 target,
                 deadline_ms,
@@ -194,6 +194,7 @@ impl Broker {
                     map: maps.next().unwrap_or_default(),
                 })
                 .collect(),
+            shared: self.shared_tags(),
             clients,
             total,
             recall: self.recalls.status(pid_of, Instant::now()),
@@ -225,8 +226,9 @@ impl Broker {
             clean: bytes(counts.clean + counts.warm),
             warm: bytes(counts.warm),
             stranded: accepted.saturating_sub(bytes(whole)),
-            lost: bytes(counts.lost),
+            lost: bytes(counts.lost + counts.shared_lost),
             broken: bytes(counts.broken),
+            shared: bytes(counts.shared),
             outgoing: self.table.marked_bytes(),
         }
     }

@@ -28,6 +28,7 @@ use super::recall::Recalls;
 use super::report::Runs;
 use super::scrub::Window;
 use super::session::Client;
+use super::sharing::Readers;
 use super::status::BrokerCounters;
 use super::stop::Stop;
 use super::store::Store;
@@ -94,6 +95,7 @@ pub struct Broker {
     pub(super) table: LeaseTable,
     pub(super) connections: BTreeMap<ConnectionId, Connection>,
     pub(super) clients: BTreeMap<ClientId, Client>,
+    pub(super) readers: Readers,
     pub(super) runs: Runs,
     pub(super) recalls: Recalls,
     pub(super) adds: Vec<PendingAdd>,
@@ -177,6 +179,7 @@ impl Broker {
             table,
             connections: BTreeMap::new(),
             clients: BTreeMap::new(),
+            readers: Readers::default(),
             runs: Runs::default(),
             recalls: Recalls::default(),
             adds: Vec::new(),
@@ -205,9 +208,10 @@ impl Broker {
             warming: true,
         };
         broker.adopt_clients(now);
-        let lost = broker.sync_capacity().lost;
-        if !lost.is_empty() {
-            broker.taken_by_force(&[], &lost, now);
+        broker.adopt_readers(now);
+        let synced = broker.sync_capacity();
+        if synced.has_lost() {
+            broker.taken_by_force(&[], &synced, now);
         }
         Ok(broker)
     }
@@ -256,12 +260,13 @@ impl Broker {
         self.grant_leases();
         self.keep_marks(now);
         self.probe_clients(now);
+        self.probe_readers(now, false);
         self.advance_recalls(now);
         self.expire_adds(now);
         self.expire_forces(now);
         self.drop_silent_connections(now);
         self.warm();
-        let starving = self.clients.values().any(|client| client.starving);
+        let starving = self.clients.values().any(Client::is_starving);
         self.device.set_starving(starving);
         Ok(())
     }
@@ -336,6 +341,7 @@ impl Broker {
         }
         let mut wake = now + HOUSEKEEPING;
         wake = wake.min(self.recalls.deadline().unwrap_or(wake));
+        wake = wake.min(self.readers.due().unwrap_or(wake));
         for client in self.clients.values() {
             wake = wake.min(client.probe_due().unwrap_or(wake));
         }
@@ -374,9 +380,11 @@ impl Broker {
     /// Takes over what the device says is accepted.
     pub(super) fn sync_capacity(&mut self) -> Synced {
         let device = &self.device.snapshot;
-        let synced = self
-            .table
-            .sync(&device.accepted, |range| device.sanitizes(range));
+        let synced = self.table.sync(
+            &device.accepted,
+            |range| device.sanitizes(range),
+            |range| device.shares(range),
+        );
         if synced.gained > 0 {
             self.warming = true;
         }

@@ -1,7 +1,7 @@
 //! What clients say and what becomes of them.
 #![forbid(unsafe_code)]
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
@@ -20,17 +20,23 @@ use super::protocol::{
 use super::server::{Admit, Broker};
 use super::socket::{Descriptors, SocketError};
 use super::status::ProcessReport;
+use crate::extent::ExtentTag;
 
 /// Messages read from one socket before the others get their turn.
 const BURST: usize = 32;
+/// Tags that are remembered of one client.
+const TAGS: usize = 16;
 
 /// A process that holds leases, or may ask for them.
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) connection: Option<ConnectionId>,
     pub(super) peer: Peer,
-    /// Told that there is nothing; to be told when there is.
-    pub(super) starving: bool,
+    /// The tags (null: none) of which it was told that there is nothing; to be
+    /// told when there is.
+    pub(super) starving: BTreeSet<ExtentTag>,
+    /// All tags that it has asked for.
+    tags: BTreeSet<ExtentTag>,
     pub(super) leased: u64,
     pub(super) recalls: u64,
     /// What it proves itself with.
@@ -40,8 +46,8 @@ pub(super) struct Client {
     liveness: Liveness,
     pub(super) pidfd: Option<OwnedFd>,
     pub(super) probe: Option<Probe>,
-    /// Bytes still to be granted, for each request.
-    requests: VecDeque<u64>,
+    /// Bytes still to be granted and their tag, for each request.
+    requests: VecDeque<(u64, ExtentTag)>,
     /// What it says it has, while it rejoins.
     pub(super) claims: Vec<WindowRange>,
     pub(super) leased_peak: u64,
@@ -55,7 +61,8 @@ impl Client {
             connection: None,
             peer: record.peer,
             key: record.key,
-            starving: false,
+            starving: BTreeSet::new(),
+            tags: BTreeSet::new(),
             leased: 0,
             recalls: 0,
             run: record.run,
@@ -99,6 +106,16 @@ impl Client {
             recalls: self.recalls,
             stats: self.liveness.stats(),
         }
+    }
+
+    /// Whether it waits for capacity.
+    pub(super) fn is_starving(&self) -> bool {
+        !self.starving.is_empty()
+    }
+
+    /// It wants to hear when there is capacity, of all kinds that it uses.
+    pub(super) fn wants_more(&mut self) {
+        self.starving.extend(self.tags.iter().copied());
     }
 
     /// Bytes that it holds and, by its own account, nothing uses.
@@ -154,6 +171,7 @@ impl Broker {
             (Phase::Client(client), Some(Kind::RecallRefused)) => {
                 self.recall_refused(client, message);
             }
+            (Phase::Reading, Some(Kind::OpenShared)) => self.open_shared(id, message),
             (Phase::Admin, Some(Kind::AdminRequest)) => self.admin(id, fds, now),
             _ => {
                 self.counters.malformed += 1;
@@ -192,7 +210,7 @@ impl Broker {
             (!owner).then_some(RefusedCode::User)
         } else if message.arg(0) == Role::Rejoin as u64 {
             self.rejoin(id, message, now).err()
-        } else if message.arg(0) != Role::Client as u64 {
+        } else if ![Role::Client as u64, Role::Reader as u64].contains(&message.arg(0)) {
             Some(RefusedCode::Malformed)
         } else {
             (!admitted).then_some(RefusedCode::User)
@@ -201,9 +219,12 @@ impl Broker {
             self.refuse(id, code, now);
         } else if message.arg(0) == Role::Rejoin as u64 {
             self.post(Some(id), Message::new(Kind::Welcome));
-        } else if message.arg(0) == Role::Admin as u64 {
+        } else if message.arg(0) != Role::Client as u64 {
             let welcomed = self.connections.get_mut(&id).is_some_and(|connection| {
-                connection.phase = Phase::Admin;
+                connection.phase = match message.arg(0) == Role::Admin as u64 {
+                    true => Phase::Admin,
+                    false => Phase::Reading,
+                };
                 connection.send(Message::new(Kind::Welcome)).is_ok()
             });
             if !welcomed {
@@ -286,9 +307,11 @@ impl Broker {
     fn lease_requested(&mut self, id: ClientId, message: &Message) {
         if let Some(client) = self.clients.get_mut(&id) {
             // More than the window has can't be granted; rounding up must not wrap.
-            client
-                .requests
-                .push_back(message.arg(0).min(self.window.len()));
+            let (bytes, tag) = (message.arg(0).min(self.window.len()), message.tag());
+            client.requests.push_back((bytes, tag));
+            if client.tags.len() < TAGS {
+                client.tags.insert(tag);
+            }
             client.leases += 1;
             self.counters.leases += 1;
             self.device.hurry();
@@ -302,8 +325,14 @@ impl Broker {
         for id in ids {
             while self.answer_lease(id) {}
         }
-        if self.clients.values().any(|client| client.starving) && self.table.can_grant() {
-            self.announce_capacity();
+        let starving = self.clients.values().flat_map(|client| &client.starving);
+        let starving: BTreeSet<ExtentTag> = starving.copied().collect();
+        let fed = starving
+            .into_iter()
+            .filter(|tag| self.table.can_grant(*tag));
+        let fed: BTreeSet<ExtentTag> = fed.collect();
+        if !fed.is_empty() {
+            self.announce_capacity(&fed);
         }
     }
 
@@ -313,20 +342,23 @@ impl Broker {
         let Some(client) = self.clients.get_mut(&id) else {
             return false;
         };
-        let Some(&wanted) = client.requests.front() else {
+        let Some(&(wanted, tag)) = client.requests.front() else {
             return false;
         };
-        let granted = self.table.grant(id, wanted);
+        let granted = self.table.grant(id, wanted, tag);
         let bytes: u64 = granted.iter().map(|range| range.len).sum();
         let wanted = wanted.saturating_sub(bytes);
-        let exhausted = wanted > 0 && self.table.next_dirty().is_none();
+        let exhausted = wanted > 0 && !self.table.is_wiping(tag);
         let last = wanted == 0 || exhausted;
         if last {
             client.requests.pop_front();
         } else {
-            client.requests[0] = wanted;
+            client.requests[0] = (wanted, tag);
         }
-        client.starving = exhausted;
+        match exhausted && client.starving.len() < TAGS {
+            true => client.starving.insert(tag),
+            false => client.starving.remove(&tag),
+        };
         client.leased += bytes;
         client.leased_peak = client.leased_peak.max(client.leased);
         self.counters.granted_bytes += bytes;
@@ -340,7 +372,8 @@ impl Broker {
                 "extents ran out"
             );
             self.counters.exhausted += 1;
-            self.short += wanted;
+            // What has a tag only comes with it.
+            self.short += if tag.is_null() { wanted } else { 0 };
         }
         let mut chunks: Vec<&[WindowRange]> = granted.chunks(MAX_RANGES).collect();
         if chunks.is_empty() && last {
@@ -355,6 +388,7 @@ impl Broker {
             let bytes = chunk.iter().map(|range| range.len).sum();
             let message = Message::new(Kind::Grant)
                 .with_arg(0, bytes)
+                .with_tag(tag)
                 .with_flags(flags)
                 .with_ranges(chunk);
             self.post(connection, message);
@@ -362,10 +396,12 @@ impl Broker {
         last
     }
 
-    fn announce_capacity(&mut self) {
+    fn announce_capacity(&mut self, of: &BTreeSet<ExtentTag>) {
         let mut hungry = Vec::new();
         for client in self.clients.values_mut() {
-            if std::mem::take(&mut client.starving) {
+            if !client.starving.is_disjoint(of) {
+                // It asks again for all that it lacks.
+                client.starving.clear();
                 hungry.push(client.connection);
             }
         }
@@ -404,6 +440,9 @@ impl Broker {
         let Some(connection) = self.connections.remove(&id) else {
             return;
         };
+        if let Phase::Reader(reader) = connection.phase {
+            self.reader_closed(reader, now);
+        }
         if let Phase::Client(client_id) | Phase::Rejoining(client_id) = connection.phase
             && let Some(client) = self.clients.get_mut(&client_id)
         {
@@ -415,7 +454,7 @@ impl Broker {
             client.connection = None;
             client.claims.clear();
             client.requests.clear();
-            client.starving = false;
+            client.starving.clear();
             client.probe.get_or_insert(Probe::start(now));
         }
     }

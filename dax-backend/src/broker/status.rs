@@ -36,6 +36,9 @@ pub struct Status {
     pub capacity: Capacity,
     /// Accepted extents, in order of DPA.
     pub extents: Vec<ExtentStatus>,
+    /// Tags of capacity that is shared with other hosts.
+    #[serde(default)]
+    pub shared: Vec<SharedTag>,
     /// Processes that hold leases or may ask for them.
     pub clients: Vec<ProcessReport>,
     /// Sums over all processes that ever were clients.
@@ -94,6 +97,9 @@ pub struct Capacity {
     /// Accepted, but faulted when it was to be wiped: of no use.
     #[serde(default)]
     pub broken: u64,
+    /// Shared with other hosts: to be mapped read-only, and leased to nobody.
+    #[serde(default)]
+    pub shared: u64,
 }
 
 /// One accepted extent.
@@ -109,6 +115,22 @@ pub struct ExtentStatus {
     pub leased: u64,
     /// Who holds what, from the first whole granule of the extent on.
     pub map: Vec<MapRun>,
+}
+
+/// Capacity that is shared with other hosts, by its tag.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedTag {
+    /// The tag.
+    pub tag: Uuid,
+    /// Bytes of all its extents; 0 if it is gone.
+    pub bytes: u64,
+    /// How many extents.
+    pub extents: u64,
+    /// The device has taken it, and some still map where it was.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub lost: bool,
+    /// Processes that map it.
+    pub pids: Vec<u32>,
 }
 
 /// A recall that has not ended.

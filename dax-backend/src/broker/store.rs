@@ -185,6 +185,12 @@ impl Store {
         self.kept.remove(name)
     }
 
+    /// All that was kept under names that begin so, once.
+    pub fn take_all(&mut self, prefix: &str) -> Vec<(String, OwnedFd)> {
+        let taken = self.kept.extract_if(.., |name, _| name.starts_with(prefix));
+        taken.collect()
+    }
+
     /// The connection to the keeper.
     pub fn keeper(&self) -> Option<&StoreSocket> {
         self.keeper.as_ref()

@@ -34,6 +34,9 @@ pub struct DeviceConfig {
     pub drain_interval: Duration,
     /// The host's part of accepting capacity.
     pub prepare: Box<dyn Prepare>,
+    /// DC regions, a bit for each index, whose capacity may be shared with other hosts. The
+    /// mailbox does not say so: it is in the CDAT (DSMAS flag "shareable").
+    pub sharable_regions: u8,
     /// Where unanswered groups are kept. In memory, unless said otherwise.
     pub journal: Box<dyn Journal>,
 }
@@ -46,6 +49,7 @@ impl Default for DeviceConfig {
             ready_timeout: Duration::from_secs(60),
             drain_interval: Duration::from_secs(1),
             prepare: Box::new(TakeWhole),
+            sharable_regions: 0,
             journal: Box::<MemoryJournal>::default(),
         }
     }
@@ -240,6 +244,13 @@ impl<M: Mmio> CapacityDevice for DcDevice<M> {
 
     fn sanitizes(&self, range: &DpaRange) -> bool {
         self.region_of(range).is_some_and(|region| region.sanitizes)
+    }
+
+    fn shares(&self, range: &DpaRange) -> bool {
+        let sharable = self.config.sharable_regions;
+        let bit = |index: u8| 1u8.checked_shl(index.into()).unwrap_or(0);
+        self.region_of(range)
+            .is_some_and(|region| sharable & bit(region.index) != 0)
     }
 
     fn counters(&self) -> DeviceCounters {

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::path::Path;
 use std::sync::MutexGuard;
 use std::time::Instant;
 
@@ -102,6 +103,9 @@ pub enum FabricError {
         /// The region.
         region: u8,
     },
+    /// Nothing of this device can be shared.
+    #[error("no DC region of this device is sharable (`dcm serve --emulate` takes --sharable)")]
+    NotSharable,
     /// No host has this tag.
     #[error("no capacity has tag {tag}")]
     NoSuchTag {
@@ -294,9 +298,14 @@ impl SlowOffer {
 
 impl Orchestrator for Fabric {
     fn add(&mut self, sizes: &[u64], tag: ExtentTag) -> Result<Vec<Extent>, OrchestratorError> {
-        let regions = self.device.lock().capacity.regions().len() as u8;
+        let ordinary: Vec<u8> = {
+            let state = self.device.lock();
+            let regions = state.capacity.regions().iter();
+            let mine = regions.filter(|region| !state.capacity.is_sharable(region));
+            mine.map(|region| region.index).collect()
+        };
         let mut refused = FabricError::Empty;
-        for region in 0..regions {
+        for region in ordinary {
             let policy = AddPolicy::Free(sizes.to_vec());
             match Fabric::add(
                 self,
@@ -311,6 +320,52 @@ impl Orchestrator for Fabric {
             }
         }
         Err(refused.into())
+    }
+
+    fn add_shared(
+        &mut self,
+        sizes: &[u64],
+        tag: ExtentTag,
+        content: Option<&Path>,
+    ) -> Result<Vec<Extent>, OrchestratorError> {
+        let refuse = |reason: String| OrchestratorError::Refused { reason };
+        let bytes = match content {
+            Some(path) => std::fs::read(path)
+                .map_err(|error| refuse(format!("{}: {error}", path.display())))?,
+            None => Vec::new(),
+        };
+        let mut state = self.settled();
+        let (elsewhere, extents) = match state.capacity.shared_with(tag) {
+            Some(extents) => (true, extents.to_vec()),
+            None => {
+                let mut regions = state.capacity.regions().iter();
+                let sharable = regions.find(|region| state.capacity.is_sharable(region));
+                let region = sharable.ok_or(FabricError::NotSharable)?.index;
+                let policy = AddPolicy::Contiguous(sizes.to_vec());
+                let request = AddRequest {
+                    policy,
+                    region,
+                    tag,
+                };
+                (false, state.select(&request)?)
+            }
+        };
+        let room: u64 = extents.iter().map(|extent| extent.range.len).sum();
+        if bytes.len() as u64 > room {
+            return Err(refuse(format!(
+                "{} bytes of content do not fit into {room}",
+                bytes.len()
+            )));
+        }
+        let mut left = &bytes[..];
+        for extent in &extents {
+            let (here, rest) = left.split_at(left.len().min(extent.range.len as usize));
+            let written = self.device.shared.memory.write(&extent.range, here);
+            written.map_err(|error| refuse(format!("the device's memory: {error}")))?;
+            left = rest;
+        }
+        state.offer(&extents, elsewhere);
+        Ok(extents)
     }
 
     fn release(&mut self, ranges: &[DpaRange], forced: bool) -> Result<(), OrchestratorError> {

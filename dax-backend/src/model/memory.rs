@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use rustix::io::pwrite;
 
 use crate::address::DpaRange;
 
@@ -24,6 +25,18 @@ impl Memory {
 
     pub(super) fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Writes `bytes` at the start of `range`, as another host does.
+    pub(super) fn write(&self, range: &DpaRange, bytes: &[u8]) -> io::Result<()> {
+        let mut offset = range.start.0 - self.span.start.0;
+        let mut left = bytes;
+        while !left.is_empty() {
+            let written = pwrite(&self.file, left, offset)?;
+            offset += written as u64;
+            left = &left[written..];
+        }
+        Ok(())
     }
 
     /// Makes `range` read as zeroes, by a hole.

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -45,8 +46,19 @@ struct Access {
 
 #[derive(Serialize, Deserialize)]
 enum Ask {
-    Add { sizes: Vec<u64>, tag: ExtentTag },
-    Release { ranges: Vec<DpaRange>, forced: bool },
+    Add {
+        sizes: Vec<u64>,
+        tag: ExtentTag,
+    },
+    Share {
+        sizes: Vec<u64>,
+        tag: ExtentTag,
+        content: Option<PathBuf>,
+    },
+    Release {
+        ranges: Vec<DpaRange>,
+        forced: bool,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -130,6 +142,11 @@ impl SoftwareDevice {
         while let Some(message) = receive(socket, &mut buffer) {
             let done = match serde_json::from_slice(message) {
                 Ok(Ask::Add { sizes, tag }) => Orchestrator::add(&mut fabric, &sizes, tag),
+                Ok(Ask::Share {
+                    sizes,
+                    tag,
+                    content,
+                }) => Orchestrator::add_shared(&mut fabric, &sizes, tag, content.as_deref()),
                 Ok(Ask::Release { ranges, forced }) => {
                     Orchestrator::release(&mut fabric, &ranges, forced).map(|()| Vec::new())
                 }
@@ -272,6 +289,19 @@ impl Orchestrator for RemoteFabric {
     fn add(&mut self, sizes: &[u64], tag: ExtentTag) -> Result<Vec<Extent>, OrchestratorError> {
         let sizes = sizes.to_vec();
         self.ask(&Ask::Add { sizes, tag })
+    }
+
+    fn add_shared(
+        &mut self,
+        sizes: &[u64],
+        tag: ExtentTag,
+        content: Option<&Path>,
+    ) -> Result<Vec<Extent>, OrchestratorError> {
+        self.ask(&Ask::Share {
+            sizes: sizes.to_vec(),
+            tag,
+            content: content.map(Path::to_owned),
+        })
     }
 
     fn release(&mut self, ranges: &[DpaRange], forced: bool) -> Result<(), OrchestratorError> {

@@ -12,6 +12,8 @@
 mod choice;
 pub mod qmp;
 
+use std::path::Path;
+
 use thiserror::Error;
 
 use crate::address::DpaRange;
@@ -25,6 +27,22 @@ pub trait Orchestrator: Send {
     /// # Errors
     /// [`OrchestratorError`]: nothing was offered.
     fn add(&mut self, sizes: &[u64], tag: ExtentTag) -> Result<Vec<Extent>, OrchestratorError>;
+
+    /// Offers capacity that is shared with other hosts, under `tag`: one extent for each of
+    /// `sizes`, in this order, in one More group. If another host has the tag already, all of
+    /// that is offered, whatever the sizes. `content` is what another host has written there.
+    ///
+    /// # Errors
+    /// [`OrchestratorError`]: nothing was offered.
+    fn add_shared(
+        &mut self,
+        _sizes: &[u64],
+        _tag: ExtentTag,
+        _content: Option<&Path>,
+    ) -> Result<Vec<Extent>, OrchestratorError> {
+        let reason = "this fabric manager can't be asked for shared capacity".to_owned();
+        Err(OrchestratorError::Refused { reason })
+    }
 
     /// What the host holds at the moment. Said before [`Self::add`], for orchestrators that must
     /// choose the ranges they offer.

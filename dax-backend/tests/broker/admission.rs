@@ -239,6 +239,7 @@ fn an_order_that_makes_no_sense_is_answered() {
     let error = rig.ask(&AdminRequest::Add {
         sizes: Vec::new(),
         tag: None,
+        shared: None,
     });
     assert!(error.unwrap_err().to_string().contains("no size"));
     let socket = raw(&rig);

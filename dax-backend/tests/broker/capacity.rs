@@ -15,7 +15,13 @@ fn an_operators_group_is_accepted_in_one_answer_and_usable() {
     let rig = Rig::new(&[]);
     let sizes = vec![4 * GRANULE, 8 * GRANULE, 2 * GRANULE];
     let tag = Some(uuid::Uuid::from_u128(9));
-    let reply = rig.ask(&AdminRequest::Add { sizes, tag }).unwrap();
+    let reply = rig
+        .ask(&AdminRequest::Add {
+            sizes,
+            tag,
+            shared: None,
+        })
+        .unwrap();
     let AdminReply::Added(added) = reply else {
         panic!("{reply:?}");
     };
@@ -25,7 +31,7 @@ fn an_operators_group_is_accepted_in_one_answer_and_usable() {
     assert_eq!(status.device.counters.groups_answered, 1);
     assert_eq!(status.extents[0].tag, tag);
     let client = rig.client();
-    let (ranges, _) = client.lease(14);
+    let (ranges, _) = client.lease_of(tag.unwrap().into(), 14);
     assert_eq!(total(&ranges), 14 * GRANULE);
     assert!(is_zero(client.memory(), &ranges));
 }
@@ -36,6 +42,7 @@ fn more_than_the_fabric_has_is_refused_in_its_words() {
     let error = rig.ask(&AdminRequest::Add {
         sizes: vec![1 << 40],
         tag: None,
+        shared: None,
     });
     let error = error.unwrap_err().to_string();
     assert!(error.contains("bytes are free"), "{error}");
@@ -50,6 +57,7 @@ fn without_an_orchestrator_add_says_who_can() {
     let error = rig.ask(&AdminRequest::Add {
         sizes: vec![GRANULE],
         tag: None,
+        shared: None,
     });
     let error = error.unwrap_err().to_string();
     assert!(

@@ -11,3 +11,4 @@ mod recalls;
 mod receipts;
 mod restart;
 mod rig;
+mod sharing;

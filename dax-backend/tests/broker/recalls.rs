@@ -327,6 +327,7 @@ fn what_was_taken_by_force_is_lent_again_only_when_its_holder_has_let_go() {
     let add = AdminRequest::Add {
         sizes: vec![4 * GRANULE],
         tag: None,
+        shared: None,
     };
     rig.ask(&add).unwrap();
     let capacity = rig.status().capacity;
@@ -372,14 +373,14 @@ fn a_tag_in_use_keeps_its_other_half() {
         status.capacity.accepted == 8 * GRANULE
     });
     let client = rig.client();
-    client.lease(1);
+    client.lease_of(tag, 1);
     let free_half = rig.range(4, 4);
     let receipt = rig.release(ReleaseTarget::Range(free_half), 100);
     assert_eq!(receipt.returned, 0);
     assert_eq!(receipt.refused[0].reason, RefusalReason::TagInUse);
     // It was asked, did not answer, and may have the rest now.
     assert_eq!(client.next_recall().1, GRANULE);
-    assert_eq!(total(&client.lease(7).0), 7 * GRANULE);
+    assert_eq!(total(&client.lease_of(tag, 7).0), 7 * GRANULE);
 }
 
 #[test]

@@ -23,7 +23,7 @@ use dax_backend::broker::{
 use dax_backend::capacity::CapacityDevice;
 use dax_backend::device::{DcDevice, DeviceConfig};
 use dax_backend::extent::{Extent, ExtentTag};
-use dax_backend::model::{ModelConfig, SoftwareDevice};
+use dax_backend::model::{ModelConfig, ModelRegion, SoftwareDevice};
 use dax_backend::orchestrator::Orchestrator;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
@@ -114,6 +114,23 @@ impl Rig {
     pub(crate) fn with(setup: Setup) -> Self {
         let model = SoftwareDevice::new(ModelConfig::one_region(512 << 20)).unwrap();
         Self::over(model, setup)
+    }
+
+    /// Over a device whose second DC region, of 64 MiB, can be shared between hosts.
+    pub(crate) fn with_shared(offer: &'static [u64]) -> Self {
+        let shared = ModelRegion {
+            sharable: true,
+            ..ModelRegion::of(64 << 20)
+        };
+        let config = ModelConfig {
+            dc_regions: vec![ModelRegion::of(256 << 20), shared],
+            ..ModelConfig::default()
+        };
+        let setup = Setup {
+            offer,
+            ..Setup::default()
+        };
+        Self::over(SoftwareDevice::new(config).unwrap(), setup)
     }
 
     pub(crate) fn over(model: SoftwareDevice, setup: Setup) -> Self {
@@ -241,7 +258,12 @@ impl Drop for Rig {
 }
 
 fn broker_over(model: &SoftwareDevice, setup: &Setup, store: Store) -> Broker {
-    let mut device = DcDevice::open(model.mmio(), DeviceConfig::default()).unwrap();
+    let config = DeviceConfig {
+        // As `with_shared` makes it.
+        sharable_regions: 0b10,
+        ..DeviceConfig::default()
+    };
+    let mut device = DcDevice::open(model.mmio(), config).unwrap();
     let mut fabric = model.fabric();
     if !setup.offer.is_empty() {
         let sizes: Vec<u64> = setup.offer.iter().map(|count| count * GRANULE).collect();
@@ -280,15 +302,23 @@ pub(crate) struct Client {
 impl Client {
     /// Leases `granules`; what was granted, and whether the broker has no more.
     pub(crate) fn lease(&self, granules: u64) -> (Vec<WindowRange>, bool) {
-        self.broker.request_lease(granules * GRANULE).unwrap();
+        self.lease_of(ExtentTag::NULL, granules)
+    }
+
+    /// The same, of the capacity with this tag.
+    pub(crate) fn lease_of(&self, wanted: ExtentTag, granules: u64) -> (Vec<WindowRange>, bool) {
+        let asked = self.broker.request_tagged_lease(granules * GRANULE, wanted);
+        asked.unwrap();
         let mut granted = Vec::new();
         loop {
             match self.next() {
                 FromBroker::Grant {
                     ranges,
+                    tag,
                     exhausted,
                     last,
                 } => {
+                    assert_eq!(tag, wanted);
                     granted.extend_from_slice(ranges.as_slice());
                     if last {
                         return (granted, exhausted);

@@ -26,7 +26,7 @@ fn table(extents: &[Extent]) -> LeaseTable {
         len: 64 * GRANULE,
     };
     let mut table = LeaseTable::new(span, GRANULE, Ledger::new(64, BASE).unwrap());
-    table.sync(extents, |_| true);
+    table.sync(extents, |_| true, |_| false);
     table
 }
 
@@ -40,23 +40,29 @@ const B: ClientId = ClientId(2);
 #[test]
 fn grants_fill_one_extent_before_touching_the_next() {
     let mut table = table(&[extent(0, 4), extent(8, 4)]);
-    assert_eq!(granules_of(&table.grant(A, GRANULE)), [0]);
-    assert_eq!(granules_of(&table.grant(B, 2 * GRANULE)), [1, 2]);
+    assert_eq!(granules_of(&table.grant(A, GRANULE, ExtentTag::NULL)), [0]);
+    assert_eq!(
+        granules_of(&table.grant(B, 2 * GRANULE, ExtentTag::NULL)),
+        [1, 2]
+    );
     table.give_back(A, range_of(0, 1)).unwrap();
     // Extent 0 is the fuller one; its clean granule goes before extent 8.
-    assert_eq!(granules_of(&table.grant(A, GRANULE)), [3]);
-    assert_eq!(granules_of(&table.grant(A, GRANULE)), [8]);
+    assert_eq!(granules_of(&table.grant(A, GRANULE, ExtentTag::NULL)), [3]);
+    assert_eq!(granules_of(&table.grant(A, GRANULE, ExtentTag::NULL)), [8]);
 }
 
 #[test]
 fn what_was_leased_is_wiped_before_it_is_leased_again() {
     let mut table = table(&[extent(0, 2)]);
-    table.grant(A, 2 * GRANULE);
+    table.grant(A, 2 * GRANULE, ExtentTag::NULL);
     table.give_back(A, range_of(0, 2)).unwrap();
-    assert_eq!(table.grant(B, GRANULE), []);
+    assert_eq!(table.grant(B, GRANULE, ExtentTag::NULL), []);
     assert_eq!(table.next_dirty(), Some((range_of(0, 2), false)));
     table.zeroed(range_of(0, 1));
-    assert_eq!(granules_of(&table.grant(B, 2 * GRANULE)), [0]);
+    assert_eq!(
+        granules_of(&table.grant(B, 2 * GRANULE, ExtentTag::NULL)),
+        [0]
+    );
 }
 
 #[test]
@@ -64,7 +70,10 @@ fn huge_pages_outlive_a_lease() {
     let mut table = table(&[extent(0, 3)]);
     table.warmed(GRANULE);
     // The warm one goes first.
-    assert_eq!(granules_of(&table.grant(A, 3 * GRANULE)), [1, 0, 2]);
+    assert_eq!(
+        granules_of(&table.grant(A, 3 * GRANULE, ExtentTag::NULL)),
+        [1, 0, 2]
+    );
     table.end(A);
     assert_eq!(table.next_dirty(), Some((range_of(0, 1), false)));
     table.zeroed(range_of(0, 1));
@@ -72,10 +81,10 @@ fn huge_pages_outlive_a_lease() {
     table.zeroed(range_of(1, 2));
     assert_eq!((table.counts().warm, table.counts().clean), (1, 2));
     // What is leased meanwhile is not called warm, nor what is dirty clean.
-    table.grant(B, GRANULE);
+    table.grant(B, GRANULE, ExtentTag::NULL);
     table.warmed(GRANULE);
     assert_eq!(table.counts().warm, 0);
-    table.grant(B, 2 * GRANULE);
+    table.grant(B, 2 * GRANULE, ExtentTag::NULL);
     table.end(B);
     table.warmed(0);
     assert_eq!(table.counts().dirty, 3);
@@ -84,14 +93,17 @@ fn huge_pages_outlive_a_lease() {
 #[test]
 fn new_capacity_is_dirty_unless_the_device_promises_zeroes() {
     let mut table = table(&[]);
-    assert_eq!(table.sync(&[extent(0, 2)], |_| false).gained, 2 * GRANULE);
-    assert_eq!(table.grant(A, GRANULE), []);
+    assert_eq!(
+        table.sync(&[extent(0, 2)], |_| false, |_| false).gained,
+        2 * GRANULE
+    );
+    assert_eq!(table.grant(A, GRANULE, ExtentTag::NULL), []);
 }
 
 #[test]
 fn only_the_holder_gives_back_and_all_of_it_or_nothing() {
     let mut table = table(&[extent(0, 4)]);
-    table.grant(A, 2 * GRANULE);
+    table.grant(A, 2 * GRANULE, ExtentTag::NULL);
     let foreign = LeaseError::NotLeased { offset: 0 };
     assert_eq!(table.give_back(B, range_of(0, 1)), Err(foreign));
     let partly = LeaseError::NotLeased {
@@ -115,9 +127,9 @@ fn only_the_holder_gives_back_and_all_of_it_or_nothing() {
 #[test]
 fn a_forced_release_names_the_leases_it_hit() {
     let mut table = table(&[extent(0, 4), extent(8, 2)]);
-    table.grant(A, 2 * GRANULE);
-    table.grant(B, 2 * GRANULE);
-    let lost = table.sync(&[extent(8, 2)], |_| true).lost;
+    table.grant(A, 2 * GRANULE, ExtentTag::NULL);
+    table.grant(B, 2 * GRANULE, ExtentTag::NULL);
+    let lost = table.sync(&[extent(8, 2)], |_| true, |_| false).lost;
     assert_eq!(lost, [(A, range_of(0, 2)), (B, range_of(2, 2))]);
     assert_eq!((table.counts().leased, table.counts().lost), (0, 4));
 }
@@ -125,12 +137,15 @@ fn a_forced_release_names_the_leases_it_hit() {
 #[test]
 fn what_is_lost_belongs_to_nobody_until_it_is_let_go_of() {
     let mut table = table(&[extent(0, 4)]);
-    table.grant(A, 2 * GRANULE);
-    table.grant(B, 2 * GRANULE);
-    table.sync(&[], |_| true);
+    table.grant(A, 2 * GRANULE, ExtentTag::NULL);
+    table.grant(B, 2 * GRANULE, ExtentTag::NULL);
+    table.sync(&[], |_| true, |_| false);
     // Back again, while both still map what they had.
-    assert_eq!(table.sync(&[extent(0, 4)], |_| true).gained, 0);
-    assert_eq!((table.next_dirty(), table.can_grant()), (None, false));
+    assert_eq!(table.sync(&[extent(0, 4)], |_| true, |_| false).gained, 0);
+    assert_eq!(
+        (table.next_dirty(), table.can_grant(ExtentTag::NULL)),
+        (None, false)
+    );
     let foreign = LeaseError::NotLeased { offset: 0 };
     assert_eq!(table.give_back(B, range_of(0, 2)), Err(foreign));
     assert_eq!(table.give_back(A, range_of(0, 2)), Ok(0));
@@ -142,13 +157,16 @@ fn what_is_lost_belongs_to_nobody_until_it_is_let_go_of() {
 fn what_is_broken_goes_to_nobody_but_the_device() {
     let mut table = table(&[extent(0, 2)]);
     table.broke(0);
-    assert_eq!(granules_of(&table.grant(A, 2 * GRANULE)), [1]);
+    assert_eq!(
+        granules_of(&table.grant(A, 2 * GRANULE, ExtentTag::NULL)),
+        [1]
+    );
     table.give_back(A, range_of(1, 1)).unwrap();
     assert_eq!(table.mark_free(2 * GRANULE), GRANULE);
     table.mark_range(&extent(0, 2).range, false);
     assert_eq!(granules_of(&table.releasable()[0].1), [0, 1]);
-    table.sync(&[], |_| true);
-    table.sync(&[extent(0, 2)], |_| true);
+    table.sync(&[], |_| true, |_| false);
+    table.sync(&[extent(0, 2)], |_| true, |_| false);
     assert_eq!(table.counts().clean, 2);
 }
 
@@ -159,8 +177,11 @@ fn the_ends_of_a_misaligned_extent_are_not_leased_and_can_go_back() {
         start: Dpa(BASE + GRANULE / 2),
         len: 2 * GRANULE,
     };
-    table.sync(&[Extent::untagged(odd)], |_| true);
-    assert_eq!(granules_of(&table.grant(A, 8 * GRANULE)), [1]);
+    table.sync(&[Extent::untagged(odd)], |_| true, |_| false);
+    assert_eq!(
+        granules_of(&table.grant(A, 8 * GRANULE, ExtentTag::NULL)),
+        [1]
+    );
     let stranded = table.stranded(&odd);
     assert_eq!(stranded.iter().map(|r| r.len).sum::<u64>(), GRANULE);
 }
@@ -168,20 +189,23 @@ fn the_ends_of_a_misaligned_extent_are_not_leased_and_can_go_back() {
 #[test]
 fn release_takes_the_emptiest_extent_from_its_end() {
     let mut table = table(&[extent(0, 4), extent(8, 4)]);
-    table.grant(A, GRANULE);
+    table.grant(A, GRANULE, ExtentTag::NULL);
     assert_eq!(table.mark_free(2 * GRANULE), 2 * GRANULE);
     let parts = table.releasable();
     assert_eq!(parts.len(), 1);
     assert_eq!(granules_of(&parts[0].1), [10, 11]);
     // What is marked is not leased any more.
-    assert_eq!(granules_of(&table.grant(B, 64 * GRANULE)), [1, 2, 3, 8, 9]);
+    assert_eq!(
+        granules_of(&table.grant(B, 64 * GRANULE, ExtentTag::NULL)),
+        [1, 2, 3, 8, 9]
+    );
 }
 
 #[test]
 fn a_tag_goes_back_whole_or_not_at_all() {
     let mut table = table(&[tagged(0, 2, 7), tagged(4, 2, 7)]);
     assert_eq!(table.mark_free(2 * GRANULE), 0);
-    table.grant(A, GRANULE);
+    table.grant(A, GRANULE, ExtentTag([7; 16]));
     assert_eq!(table.mark_range(&extent(4, 1).range, false).len(), 2);
     assert_eq!(table.releasable(), []);
     assert_eq!(table.marked_leases(), [(A, range_of(0, 1))]);
@@ -197,8 +221,8 @@ fn large_blocks_go_back_whole() {
         len: 64 * GRANULE,
     };
     let mut table = LeaseTable::new(span, 4 * GRANULE, Ledger::new(64, BASE).unwrap());
-    table.sync(&[extent(0, 8)], |_| true);
-    table.grant(A, 5 * GRANULE);
+    table.sync(&[extent(0, 8)], |_| true, |_| false);
+    table.grant(A, 5 * GRANULE, ExtentTag::NULL);
     table.give_back(A, range_of(0, 3)).unwrap();
     assert_eq!(table.mark_free(GRANULE), 0);
     table.give_back(A, range_of(3, 1)).unwrap();
@@ -209,8 +233,8 @@ fn large_blocks_go_back_whole() {
 #[test]
 fn a_client_keeps_what_it_claims_and_claims_only_what_it_has() {
     let mut table = table(&[extent(0, 8)]);
-    table.grant(A, 4 * GRANULE);
-    table.grant(B, 2 * GRANULE);
+    table.grant(A, 4 * GRANULE, ExtentTag::NULL);
+    table.grant(B, 2 * GRANULE, ExtentTag::NULL);
     let lie = LeaseError::NotLeased {
         offset: 4 * GRANULE,
     };
@@ -231,8 +255,8 @@ fn a_client_keeps_what_it_claims_and_claims_only_what_it_has() {
 fn a_new_table_goes_on_where_the_ledger_ends() {
     let mut old = table(&[extent(0, 8)]);
     old.warmed(GRANULE);
-    old.grant(A, 3 * GRANULE);
-    old.grant(B, GRANULE);
+    old.grant(A, 3 * GRANULE, ExtentTag::NULL);
+    old.grant(B, GRANULE, ExtentTag::NULL);
     old.mark_range(&extent(0, 1).range, true);
     old.mark_range(&extent(2, 1).range, false);
     old.mark_range(&extent(7, 1).range, true);
@@ -245,13 +269,18 @@ fn a_new_table_goes_on_where_the_ledger_ends() {
     let ledger = Ledger::open(file, 64, BASE).unwrap();
     let mut new = LeaseTable::new(span, GRANULE, ledger);
     // The device has taken granule 3 meanwhile, and not granule 7.
-    let lost = new.sync(&[extent(0, 3), extent(4, 4)], |_| true).lost;
+    let lost = new
+        .sync(&[extent(0, 3), extent(4, 4)], |_| true, |_| false)
+        .lost;
     assert_eq!(lost, [(B, range_of(3, 1))]);
     assert_eq!(new.held(A), (3 * GRANULE, Vec::new()));
     let marked: Vec<usize> = (0..8).filter(|i| new.outgoing[*i]).collect();
     assert_eq!(marked, [0, 7]);
     assert_eq!(granules_of(&new.releasable()[0].1), [7]);
-    assert_eq!(granules_of(&new.grant(B, 8 * GRANULE)), [4, 5, 6]);
+    assert_eq!(
+        granules_of(&new.grant(B, 8 * GRANULE, ExtentTag::NULL)),
+        [4, 5, 6]
+    );
 }
 
 proptest::proptest! {
@@ -264,8 +293,8 @@ proptest::proptest! {
         for (step, index, count) in steps {
             let range = range_of(index, count);
             match step {
-                0 => drop(table.grant(A, count as u64 * GRANULE)),
-                1 => drop(table.grant(B, count as u64 * GRANULE)),
+                0 => drop(table.grant(A, count as u64 * GRANULE, ExtentTag::NULL)),
+                1 => drop(table.grant(B, count as u64 * GRANULE, ExtentTag::NULL)),
                 2 => drop(table.give_back(A, range)),
                 3 => drop(table.end(B)),
                 4 => if let Some((dirty, _)) = table.next_dirty() {
@@ -274,7 +303,7 @@ proptest::proptest! {
                 },
                 5 => drop(table.mark_free(count as u64 * GRANULE)),
                 6 => table.broke(range.offset),
-                _ => drop(table.sync(&all[..index % 4], |_| count % 2 == 0)),
+                _ => drop(table.sync(&all[..index % 4], |_| count % 2 == 0, |_| false)),
             }
             let mut counts = Counts::default();
             for slot in &table.slots {
