@@ -67,6 +67,10 @@ typedef enum dcm_status {
    There is no such pin: it has ended, or never was.
    */
   DCM_NO_PIN = 12,
+  /*
+   There is no shared capacity with this tag, or none is mapped there.
+   */
+  DCM_NO_TAG = 13,
 } dcm_status;
 
 /*
@@ -152,6 +156,11 @@ typedef struct dcm_arena_params {
    Passed to the callbacks.
    */
   void *context;
+  /*
+   Its extents are those with this tag, a UUID, and no others; null: those
+   without a tag.
+   */
+  const char *tag;
 } dcm_arena_params;
 
 /*
@@ -346,6 +355,39 @@ enum dcm_status dcm_pin(const void *ptr, size_t len, dcm_pin_id *pin);
  Ends a pin. `DCM_NO_PIN`: it has ended before, and nothing was done.
  */
 enum dcm_status dcm_unpin(dcm_pin_id pin);
+
+/*
+ Maps the capacity that the fabric manager has given several hosts under
+ `tag`, a UUID: all of its extents or none, in the order of their sequence
+ numbers, read-only. `data` is where it is, `size` how many bytes. Until
+ `dcm_close_shared` a release of it is refused by name, as of a pin.
+
+ Nobody may write it meanwhile, on this host or another: who fills it says
+ when it is done.
+
+ `DCM_NO_TAG`: there is no capacity with this tag here, or it is not shared.
+
+ Required:
+ `tag` is null or a string that ends with a nul; `data` and `size` are null
+ or can be written.
+ */
+enum dcm_status dcm_open_shared(const char *tag, const void **data, size_t *size);
+
+/*
+ Unmaps what `dcm_open_shared` mapped at `data`; null does nothing.
+
+ `DCM_NO_TAG`: nothing is open there; it has been closed, or never was.
+
+ Required:
+ No thread reads it any more.
+ */
+enum dcm_status dcm_close_shared(const void *data);
+
+/*
+ Whether the device has taken what is open at `data` by force: what is read
+ since then means nothing. 1 if so, 0 if not or if nothing is open there.
+ */
+int dcm_shared_is_lost(const void *data);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -55,6 +55,8 @@ public:
     params &name(std::string name) { return name_ = std::move(name), *this; }
     params &placement(std::string placement) { return placement_ = std::move(placement), *this; }
     params &on_exhausted(std::string policy) { return on_exhausted_ = std::move(policy), *this; }
+    /* Its extents are those with this tag, a UUID, and no others. */
+    params &tag(std::string tag) { return tag_ = std::move(tag), *this; }
     params &limit(std::uint64_t bytes) { return limit_ = bytes, *this; }
     params &priority(std::int32_t priority) { return priority_ = priority, *this; }
 
@@ -72,7 +74,7 @@ public:
 
 private:
     friend class arena;
-    std::string name_, placement_, on_exhausted_;
+    std::string name_, placement_, on_exhausted_, tag_;
     std::uint64_t limit_ = 0;
     std::int32_t priority_ = 0;
     std::function<void(const pressure &)> on_pressure_;
@@ -90,6 +92,7 @@ public:
         wanted.name = text(params_->name_);
         wanted.placement = text(params_->placement_);
         wanted.on_exhausted = text(params_->on_exhausted_);
+        wanted.tag = text(params_->tag_);
         wanted.limit = params_->limit_;
         wanted.priority = params_->priority_;
         if (params_->on_pressure_)
@@ -208,6 +211,37 @@ public:
 
 private:
     dcm_pin_id id_ = 0;
+};
+
+/* The capacity that several hosts share under a tag, as bytes to be read; see dcm_open_shared. */
+class shared_extents {
+public:
+    explicit shared_extents(const std::string &tag)
+    {
+        check(dcm_open_shared(tag.c_str(), &data_, &size_));
+    }
+
+    shared_extents(shared_extents &&other) noexcept
+        : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0))
+    {
+    }
+
+    shared_extents(const shared_extents &) = delete;
+    shared_extents &operator=(const shared_extents &) = delete;
+
+    ~shared_extents() { dcm_close_shared(data_); }
+
+    const std::byte *data() const noexcept { return static_cast<const std::byte *>(data_); }
+    std::size_t size() const noexcept { return size_; }
+    const std::byte *begin() const noexcept { return data(); }
+    const std::byte *end() const noexcept { return data() + size_; }
+
+    /* Whether the device has taken them by force: what is read since then means nothing. */
+    bool is_lost() const noexcept { return dcm_shared_is_lost(data_) != 0; }
+
+private:
+    const void *data_ = nullptr;
+    std::size_t size_ = 0;
 };
 
 /* Numbers and texts by name; see dcm_ctl. */

@@ -230,8 +230,7 @@ impl Evacuator {
     ) -> usize {
         let mut moved = 0;
         while moved < most
-            && heap.space().pooled() > 0
-            && let Some(granule) = heap.space().next_spilled()
+            && let Some(granule) = heap.space().next_restorable()
             && self.restore(heap, source, granule, true)
         {
             moved += 1;

@@ -17,9 +17,10 @@ use crate::fork;
 use crate::headroom::headroom;
 use crate::placement::{OnExhausted, Placement};
 use crate::service::Service;
+use crate::shared;
 use crate::sigbus;
 use crate::source::{ExtentSource, Ranges, WindowRange};
-use crate::space::{Fate, GRANULE, Owner, PAGE, Space, Tier};
+use crate::space::{Fate, GRANULE, Lot, Owner, PAGE, Space, Tier};
 use crate::spill::{self, ReadError, SpillState};
 use crate::stats::Stats;
 use crate::sync::{Guard, Lock, Signal};
@@ -162,6 +163,7 @@ impl Heap {
         unsafe { self.space.open_window(addr, len) }?;
         self.service.start(self, source)?;
         sigbus::install(self);
+        shared::attached(self);
         self.expect_extents();
         if self.config().placement.bound_tier() == Tier::Extent {
             self.wait_for_extents(1, ANSWER_WITHIN);
@@ -221,9 +223,9 @@ impl Heap {
         &self.supply.wanted
     }
 
-    /// Granules that waiting threads lack.
-    pub(crate) fn demand(&self) -> &AtomicUsize {
-        &self.supply.demand
+    /// Granules of a lot that waiting threads lack.
+    pub(crate) fn demand(&self, lot: Lot) -> &AtomicUsize {
+        &self.supply.demand[lot.index()]
     }
 
     /// Raised whenever the source has answered.
@@ -448,11 +450,11 @@ impl Heap {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.supply.lose_patience(&self.space);
+                self.supply.lose_patience(&self.space, Lot::UNTAGGED);
                 return false;
             }
             if ask {
-                self.supply.want(granules);
+                self.supply.want(granules, Lot::UNTAGGED);
             }
             self.supply.lent.wait(seen, left);
         }
@@ -621,7 +623,9 @@ impl Heap {
         self.space.set_dram_when_exhausted(true);
         self.space.disown_extents();
         self.space.set_extents_closed(false);
-        self.supply.demand.store(0, Ordering::Relaxed);
+        for demand in &self.supply.demand {
+            demand.store(0, Ordering::Relaxed);
+        }
         for counter in [
             &self.exhausted,
             &self.evacuated,

@@ -8,7 +8,10 @@
 #![forbid(unsafe_code)]
 
 pub use crate::outcome::{RecallOutcome, Refusal, Refusals, Refused};
+pub use crate::shared::SharedLease;
+use crate::shared::{SharedError, SharedExtents};
 use crate::stats::Stats;
+use crate::tag::Tag;
 use core::fmt;
 use core::time::Duration;
 use std::os::fd::BorrowedFd;
@@ -108,7 +111,9 @@ pub enum Event {
     Granted {
         /// What is lent.
         ranges: Ranges,
-        /// The source has no more at present.
+        /// Under which tag it was asked for.
+        tag: Tag,
+        /// The source has no more of it at present.
         exhausted: bool,
         /// This is the last event that answers a request.
         last: bool,
@@ -163,9 +168,9 @@ pub trait ExtentSource: Sync {
     /// What the heap looks like; now and then, and when the process ends.
     fn publish(&self, _stats: &Stats) {}
 
-    /// Asks for `bytes` more. The answer is one or more [`Event::Granted`].
-    /// `false`: the source is gone.
-    fn request(&self, bytes: u64) -> bool;
+    /// Asks for `bytes` more with this tag. The answer is one or more
+    /// [`Event::Granted`]. `false`: the source is gone.
+    fn request(&self, bytes: u64, tag: Tag) -> bool;
 
     /// Returns granules; their content is of no further use to anyone.
     fn give_back(&self, ranges: &Ranges) -> bool;
@@ -175,4 +180,15 @@ pub trait ExtentSource: Sync {
 
     /// Waits for the next event.
     fn next_event(&self, timeout: Duration) -> Event;
+
+    /// Maps the capacity with this tag, which others share, to be read. Called
+    /// from any thread of the program, and may allocate.
+    ///
+    /// # Errors
+    /// [`SharedError`]: nothing is mapped.
+    fn open_shared(&self, _tag: Tag) -> Result<SharedExtents, SharedError> {
+        Err(SharedError::Refused(
+            "this lender has nothing to share".into(),
+        ))
+    }
 }

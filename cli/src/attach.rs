@@ -29,6 +29,9 @@ pub(crate) struct Attach {
     /// Who adds capacity to the device when the broker or `dcm add` wants more: QEMU's monitor
     #[arg(long, value_name = "qmp:SOCKET,DEVICE", requires = "device", conflicts_with = "emulate", value_parser = marks::parse_orchestrator)]
     orchestrator: Option<QmpTarget>,
+    /// DC regions of the device that are shared with other hosts, by number: what its CDAT calls sharable, which is not read
+    #[arg(long, value_name = "N,…", requires = "device", conflicts_with = "emulate", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(0..8))]
+    shared_regions: Vec<u8>,
     /// Another tree than /sys
     #[arg(long, hide = true, value_name = "PATH", default_value = "/sys")]
     sysfs: PathBuf,
@@ -40,6 +43,9 @@ impl Attach {
         let mut arguments = vec!["--sysfs".into(), self.sysfs.clone().into()];
         if self.dev_mem {
             arguments.push("--dev-mem".into());
+        }
+        for region in &self.shared_regions {
+            arguments.extend(["--shared-regions".into(), region.to_string().into()]);
         }
         if let Some(QmpTarget { socket, device }) = &self.orchestrator {
             let mut target = OsString::from("qmp:");
@@ -67,6 +73,7 @@ pub(crate) fn broker(
     let registers = platform.sysfs.open(address)?;
     let device_config = DeviceConfig {
         journal: Box::new(FileJournal::new(journal(address)?)),
+        sharable_regions: attach.shared_regions.iter().fold(0, |all, n| all | 1 << n),
         ..DeviceConfig::default()
     };
     let mut device = DcDevice::open(registers, device_config)

@@ -11,12 +11,15 @@ use dax_backend::device::{DcDevice, DeviceConfig};
 use dax_backend::extent::ExtentTag;
 use dax_backend::journal::MemfdJournal;
 use dax_backend::mmio::Mmio;
-use dax_backend::model::{ModelConfig, RemoteFabric, RemoteMmio, SoftwareDevice};
+use dax_backend::model::{ModelConfig, ModelRegion, RemoteFabric, RemoteMmio, SoftwareDevice};
 use dax_backend::orchestrator::Orchestrator;
 
 use crate::failure::Failure;
 use crate::keeper;
 use crate::size::Bytes;
+
+/// The DC region of a software device that is sharable, if there is one: the second.
+const SHARABLE: u8 = 1 << 1;
 
 /// Checks the sizes of a software device and of the extents it offers at once.
 pub(crate) fn check(size: u64, offer: &[u64]) -> Result<(), Failure> {
@@ -49,10 +52,17 @@ pub(crate) fn whole(size: u64) -> Vec<u64> {
         .collect()
 }
 
-/// A software device of `size` bytes that offers `offer` in one More group.
-pub(crate) fn device(size: u64, offer: &[u64]) -> anyhow::Result<SoftwareDevice> {
-    let model = SoftwareDevice::new(ModelConfig::one_region(size))
-        .context("cannot make the software device's memory")?;
+/// A software device of `size` bytes that offers `offer` in one More group, with `sharable` bytes
+/// more that can be shared between hosts.
+pub(crate) fn device(size: u64, offer: &[u64], sharable: u64) -> anyhow::Result<SoftwareDevice> {
+    let mut config = ModelConfig::one_region(size);
+    if sharable > 0 {
+        config.dc_regions.push(ModelRegion {
+            sharable: true,
+            ..ModelRegion::of(sharable)
+        });
+    }
+    let model = SoftwareDevice::new(config).context("cannot make the software device's memory")?;
     if !offer.is_empty() {
         Orchestrator::add(&mut model.fabric(), offer, ExtentTag::NULL)
             .context("the software device does not offer its capacity")?;
@@ -61,10 +71,19 @@ pub(crate) fn device(size: u64, offer: &[u64]) -> anyhow::Result<SoftwareDevice>
 }
 
 /// A broker over a software device of its own, of which `offer` is accepted.
-pub(crate) fn broker(size: u64, offer: &[u64], config: BrokerConfig) -> anyhow::Result<Broker> {
-    let model = device(size, offer)?;
-    let mut device = DcDevice::open(model.mmio(), DeviceConfig::default())
-        .context("the software device does not open")?;
+pub(crate) fn broker(
+    size: u64,
+    offer: &[u64],
+    sharable: u64,
+    config: BrokerConfig,
+) -> anyhow::Result<Broker> {
+    let model = device(size, offer, sharable)?;
+    let driver = DeviceConfig {
+        sharable_regions: SHARABLE,
+        ..DeviceConfig::default()
+    };
+    let mut device =
+        DcDevice::open(model.mmio(), driver).context("the software device does not open")?;
     accept(&mut device, offer.iter().sum())?;
     let memory = model.memory().try_clone_to_owned();
     let memory = memory.context("no descriptor left for the window")?;
@@ -97,6 +116,7 @@ pub(crate) fn worker(
     };
     let device = DeviceConfig {
         journal: Box::new(journal),
+        sharable_regions: SHARABLE,
         ..DeviceConfig::default()
     };
     let mut device =

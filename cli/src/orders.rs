@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
-use dax_backend::broker::admin::{AdminClient, AdminReply, AdminRequest, ReleaseTarget};
+use dax_backend::broker::admin::{
+    AdminClient, AdminReply, AdminRequest, ReleaseTarget, SharedOffer,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 use uuid::Uuid;
 
@@ -33,9 +35,15 @@ pub(crate) struct AddOptions {
     /// One extent of each size, all in one group
     #[arg(required = true, value_name = "SIZE", value_parser = size::parse, value_delimiter = ',')]
     sizes: Vec<u64>,
-    /// Their tag
+    /// Their tag: programs get them only by asking for it
     #[arg(long, value_name = "UUID")]
     tag: Option<Uuid>,
+    /// Shared with other hosts: programs map them read-only
+    #[arg(long, requires = "tag")]
+    shared: bool,
+    /// What another host has written there (software device only)
+    #[arg(long, value_name = "FILE", requires = "shared")]
+    content: Option<PathBuf>,
     /// What came of it, as JSON
     #[arg(long)]
     json: bool,
@@ -87,9 +95,15 @@ pub(crate) fn status(options: &StatusOptions) -> Result<(), Failure> {
 
 /// Has capacity added, and prints what was accepted.
 pub(crate) fn add(options: &AddOptions) -> Result<(), Failure> {
+    let absolute = |path: &PathBuf| {
+        let found = path.canonicalize();
+        found.with_context(|| format!("cannot read {}", path.display()))
+    };
+    let content = options.content.as_ref().map(absolute).transpose()?;
     let request = AdminRequest::Add {
         sizes: options.sizes.clone(),
         tag: options.tag,
+        shared: options.shared.then_some(SharedOffer { content }),
     };
     let AdminReply::Added(added) = ask(options.socket.as_deref(), &request, PATIENCE)? else {
         return Err(strange());

@@ -86,6 +86,21 @@ pub(crate) fn status(status: &Status) -> String {
             tag.unwrap_or_default()
         );
     }
+    for shared in &status.shared {
+        let gone = if shared.lost { ", taken by force" } else { "" };
+        let pids: Vec<String> = shared.pids.iter().map(u32::to_string).collect();
+        line!(
+            out,
+            "shared    tag {}, {} in {} extents{gone}, mapped by {}",
+            shared.tag,
+            Bytes(shared.bytes),
+            shared.extents,
+            match pids.is_empty() {
+                true => "nobody".to_owned(),
+                false => pids.join(", "),
+            }
+        );
+    }
     processes(&mut out, &status.clients);
     for receipt in status.receipts.iter().rev().take(5) {
         line!(

@@ -74,7 +74,7 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
     let kept = emulated.filter(|_| options.run.is_none());
     if let (Some((size, offer)), None) = (&kept, options.worker) {
         let listener = listen(&path)?;
-        let model = emulate::device(*size, offer)?;
+        let model = emulate::device(*size, offer, options.capacity.sharable())?;
         return keeper::keep(&model, &listener, &signals, || {
             Ok(serving(&format!(
                 "{} of a software device of {} at {}\n",

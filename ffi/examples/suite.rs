@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use allocator::{Arena, ArenaError, Heap, MAX_ARENAS, OnExhausted, PinError, Placement};
+use allocator::{
+    Arena, ArenaError, Heap, MAX_ARENAS, OnExhausted, PinError, Placement, SharedError, Tag,
+};
 use dax_backend::broker::admin::{AdminClient, AdminReply, AdminRequest, ReleaseTarget};
 use dax_backend::broker::receipt::Receipt;
 use dcmalloc::allocator_api2::alloc::{Allocator, Layout};
@@ -215,6 +217,51 @@ fn blocks_lie_on_extents() -> Verdict {
     Ok(())
 }
 
+const TAG: &str = "7f3e2a90-0000-4000-8000-000000000001";
+const SHARED_TAG: &str = "7f3e2a90-0000-4000-8000-000000000002";
+const UNKNOWN_TAG: &str = "7f3e2a90-0000-4000-8000-000000000003";
+
+fn tag(text: &str) -> Tag {
+    text.parse().expect("a tag")
+}
+
+fn tagged_arenas_lie_on_their_tag() -> Verdict {
+    assert!("seven".parse::<Tag>().is_err());
+    process::broker().ok_or("no broker")?;
+    let build = |builder: allocator::ArenaBuilder| {
+        let failing = builder.on_exhausted(OnExhausted::Fail);
+        failing.build().unwrap()
+    };
+    let arena = build(heap().arena("").tag(tag(TAG)));
+    let unknown = build(heap().arena("").tag(tag(UNKNOWN_TAG)));
+    let before = heap().stats().usage.extent_live;
+    let block = bytes(&arena, 5 * MIB, 7);
+    assert!(heap().stats().usage.extent_live >= before + 5 * MIB as u64);
+    assert!(arena.allocate_bytes(5 * MIB, 1, false).is_null());
+    assert!(unknown.allocate_bytes(MIB, 1, false).is_null());
+    assert_eq!(bytes(&plain(), 10 * MIB, 7).len(), 10 * MIB);
+    drop(block);
+    Ok(())
+}
+
+fn shared_extents_are_read() -> Verdict {
+    process::broker().ok_or("no broker")?;
+    // SAFETY: written before the broker offered it, and by nobody since.
+    let open = |text| unsafe { Arena::open_shared(tag(text)) };
+    let (first, second) = (open(SHARED_TAG).unwrap(), open(SHARED_TAG).unwrap());
+    assert_eq!(first.len(), 4 * MIB);
+    assert!(first.as_ptr() != second.as_ptr() && first[..] == second[..]);
+    for (number, part) in (1..).zip(first.chunks(MIB)) {
+        assert!(part.iter().all(|byte| *byte == number));
+    }
+    assert!(!first.is_lost());
+    drop(first);
+    assert_eq!(second[0], 1);
+    let refused = |text| matches!(open(text), Err(SharedError::Refused(_)));
+    assert!(refused(UNKNOWN_TAG) && refused(TAG));
+    Ok(())
+}
+
 fn pins_hold_and_end() -> Verdict {
     let arena = plain();
     let block = bytes(&arena, 3 * MIB, 1);
@@ -295,6 +342,8 @@ fn main() -> ExitCode {
         settings_that_are_none_are_named
         statistics_count
         blocks_lie_on_extents
+        tagged_arenas_lie_on_their_tag
+        shared_extents_are_read
         pins_hold_and_end
         pressure_is_heard
         receipt_says_what_came_back

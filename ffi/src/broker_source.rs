@@ -7,16 +7,18 @@
 //! is closed before the program runs.
 
 use core::ffi::CStr;
+use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use allocator::SpillState;
 use allocator::source::{
-    Event, ExtentSource, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome, Refusal, WindowRange,
+    Event, ExtentSource, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome, Refusal, SharedLease,
+    WindowRange,
 };
 use allocator::space::keep_private;
 use allocator::stats::Stats;
+use allocator::{SharedError, SharedExtents, SpillState, Tag};
 use dax_backend::broker::client::{ConnectError, Welcome};
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
@@ -24,8 +26,10 @@ use dax_backend::broker::client_page::{
 };
 use dax_backend::broker::protocol::{RefusalReason, WindowRange as WireRange};
 use dax_backend::broker::{
-    BrokerClient, ClientPageMapping, FromBroker, RecallOutcome as WireOutcome, StallTimes,
+    BrokerClient, ClientPageMapping, FromBroker, RecallOutcome as WireOutcome, SharedMapping,
+    SharedOpenError, StallTimes,
 };
+use dax_backend::extent::ExtentTag;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
@@ -38,6 +42,8 @@ pub struct BrokerSource {
     page: ClientPageMapping,
     window: (usize, usize),
     userfaultfd: Option<OwnedFd>,
+    /// The `dcm run` that this process belongs to.
+    run: u128,
     /// The worker has a descriptor table of its own.
     apart: AtomicBool,
     rejoin: Rejoin,
@@ -80,6 +86,7 @@ impl BrokerSource {
             page,
             window,
             userfaultfd,
+            run,
             apart: AtomicBool::new(false),
             rejoin,
         })
@@ -97,6 +104,19 @@ impl BrokerSource {
         let source = Self::connect(path, run)?;
         source.apart.store(apart, Ordering::Release);
         Ok(source)
+    }
+}
+
+/// Shared capacity of a broker, as the allocator holds it.
+struct Shared(SharedMapping);
+
+impl SharedLease for Shared {
+    fn bytes(&self) -> NonNull<[u8]> {
+        self.0.bytes()
+    }
+
+    fn is_lost(&self) -> bool {
+        self.0.is_lost()
     }
 }
 
@@ -160,9 +180,24 @@ impl ExtentSource for BrokerSource {
         self.userfaultfd.as_ref().map(AsFd::as_fd)
     }
 
-    fn request(&self, bytes: u64) -> bool {
+    fn request(&self, bytes: u64, tag: Tag) -> bool {
+        let asked = self
+            .client
+            .request_tagged_lease(bytes, ExtentTag(tag.to_bytes()));
         // Whoever hears the broker notices when it is gone.
-        self.client.request_lease(bytes).is_ok() || self.apart.load(Ordering::Acquire)
+        asked.is_ok() || self.apart.load(Ordering::Acquire)
+    }
+
+    fn open_shared(&self, tag: Tag) -> Result<SharedExtents, SharedError> {
+        let path = self.rejoin.path().ok_or(SharedError::NoLender)?;
+        let mapping = SharedMapping::open(path, self.run, ExtentTag(tag.to_bytes()));
+        let mapping = mapping.map_err(|error| match error {
+            SharedOpenError::Refused(code) => SharedError::Refused(code.to_string().into()),
+            other => SharedError::Failed(other.to_string()),
+        })?;
+        // SAFETY: mapped until it is dropped; that nobody writes is the
+        // promise of who called `Arena::open_shared`.
+        Ok(unsafe { SharedExtents::new(Box::new(Shared(mapping))) })
     }
 
     fn give_back(&self, ranges: &Ranges) -> bool {
@@ -215,6 +250,7 @@ impl ExtentSource for BrokerSource {
             Ok(None) => Event::Timeout,
             Ok(Some(FromBroker::Grant {
                 ranges,
+                tag,
                 exhausted,
                 last,
             })) => {
@@ -223,6 +259,7 @@ impl ExtentSource for BrokerSource {
                 }
                 Event::Granted {
                     ranges: from_wire(ranges.as_slice()),
+                    tag: Tag::from_bytes(tag.0),
                     exhausted,
                     last,
                 }

@@ -29,7 +29,7 @@ pub mod settings;
 
 pub use allocator::{
     Arena, ArenaBuilder, ArenaError, ArenaStats, Config, DcMalloc, Heap, OnExhausted, Placement,
-    Pressure, Stats, allocator_api2,
+    Pressure, SharedError, SharedExtents, Stats, Tag, TagError, allocator_api2,
 };
 pub use broker_source::{BrokerSource, SourceError};
 pub use process::attach;

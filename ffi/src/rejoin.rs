@@ -6,6 +6,7 @@ use core::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use core::time::Duration;
 use std::os::fd::{AsRawFd, RawFd};
 
+use allocator::Tag;
 use allocator::source::{Event, Ranges};
 use dax_backend::broker::client::ConnectError;
 use dax_backend::broker::{BrokerClient, ClientPageMapping};
@@ -49,6 +50,11 @@ impl Rejoin {
         }
     }
 
+    /// Where the broker listens.
+    pub(crate) fn path(&self) -> Option<&CStr> {
+        CStr::from_bytes_until_nul(&self.path).ok()
+    }
+
     /// Whether the broker can be heard.
     pub(crate) fn is_here(&self) -> bool {
         self.state.load(Ordering::Acquire) == HERE
@@ -76,7 +82,7 @@ impl Rejoin {
         let attempt = self.attempts.fetch_add(1, Ordering::Relaxed);
         let pause = (SOON * (1 << attempt.min(16))).min(SELDOM);
         std::thread::sleep(pause.min(patience));
-        let Ok(path) = CStr::from_bytes_until_nul(&self.path) else {
+        let Some(path) = self.path() else {
             return Event::Closed;
         };
         match BrokerClient::rejoin(path, self.client, page, self.leases.runs()) {
@@ -91,6 +97,7 @@ impl Rejoin {
                 // Whatever was asked of the old broker is not answered any more.
                 Event::Granted {
                     ranges: Ranges::EMPTY,
+                    tag: Tag::NONE,
                     exhausted: false,
                     last: true,
                 }

@@ -7,6 +7,7 @@ use super::callbacks::{Kind, Lost, Pressure, Told, callbacks};
 use super::{Arena, MAX_ARENAS, MAX_NAME, table};
 use crate::heap::Heap;
 use crate::placement::{OnExhausted, Placement};
+use crate::tag::Tag;
 
 /// Why there is no arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -27,6 +28,12 @@ pub enum ArenaError {
     /// The engine has no memory for its own structures.
     #[error("no memory for the structures of another arena")]
     Engine,
+    /// Arenas of this process have as many different tags as there can be.
+    #[error(
+        "arenas of this process have 15 different tags already: drop those of one, and wait until \
+         its extents are given back"
+    )]
+    Tags,
     /// No thread to run callbacks on.
     #[error("no thread for callbacks: {0}")]
     Thread(rustix::io::Errno),
@@ -34,6 +41,7 @@ pub enum ArenaError {
 
 pub(super) struct Settings {
     pub(super) placement: Placement,
+    pub(super) tag: Tag,
     pub(super) limit: Option<u64>,
     pub(super) on_exhausted: OnExhausted,
     pub(super) told: Told,
@@ -53,6 +61,7 @@ impl ArenaBuilder {
             heap,
             settings: Settings {
                 placement: Placement::Dc,
+                tag: Tag::NONE,
                 limit: None,
                 on_exhausted: config.on_exhausted,
                 told: Told::new(name),
@@ -63,6 +72,25 @@ impl ArenaBuilder {
     /// Where allocations go; without this, all of them on extents.
     pub fn placement(mut self, placement: Placement) -> Self {
         self.settings.placement = placement;
+        self
+    }
+
+    /// Its extents are those that the fabric manager has given under this tag,
+    /// and no others; nobody else gets any of them. Where none is left, what
+    /// [`ArenaBuilder::on_exhausted`] says holds as ever, and what lies in DRAM
+    /// for want of them moves when some come. What a tag has is lent granule by
+    /// granule but goes back to the device whole. Without this, extents without
+    /// a tag.
+    ///
+    /// ```
+    /// # use allocator::DcMalloc;
+    /// # static HEAP: DcMalloc = DcMalloc::new();
+    /// let tag = "7f3e2a90-0000-4000-8000-000000000001".parse()?;
+    /// let arena = HEAP.arena("training set").tag(tag).build()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn tag(mut self, tag: Tag) -> Self {
+        self.settings.tag = tag;
         self
     }
 

@@ -119,6 +119,9 @@ impl Slot {
             Placement::Size(bytes) => (engine::whole_class(bytes), &[Tier::Dram, Tier::Extent]),
             Placement::Interleave(_) => return Err(ArenaError::Interleave),
         };
+        if !heap.space().assign(owner, settings.tag) {
+            return Err(ArenaError::Tags);
+        }
         self.account.open(settings.limit, settings.on_exhausted);
         self.threshold.store(threshold, Ordering::Relaxed);
         self.lost.store(0, Ordering::Relaxed);
@@ -139,13 +142,15 @@ impl Slot {
         Ok(())
     }
 
-    /// Ends the engine's arenas.
+    /// Ends the engine's arenas, and its claim to a tag.
     fn close(&self) {
         for slot in &self.engines {
             if let Some(arena) = ArenaIndex::from_slot(slot.swap(0, Ordering::AcqRel)) {
                 arena.destroy();
             }
         }
+        let owner = Owner::arena(self.index() as u16);
+        self.heap().space().unassign(owner);
     }
 }
 

@@ -15,7 +15,7 @@ use tikv_jemalloc_sys as je;
 
 use super::{Account, ArenaIndex, purge};
 use crate::placement::OnExhausted;
-use crate::space::{Domain, GRANULE, Run, Space, Tier};
+use crate::space::{Domain, GRANULE, LOTS, Lot, Run, Space, Tier};
 use crate::sync::Signal;
 
 /// Bytes of pages that jemalloc took from the kernel before it had hooks, and
@@ -89,17 +89,17 @@ impl Users {
 pub struct Supply {
     /// Raised when few unused granules are left, or none.
     pub wanted: Signal,
-    /// Granules that a thread waits for.
-    pub demand: AtomicUsize,
+    /// Granules of each lot that a thread waits for.
+    pub demand: [AtomicUsize; LOTS],
     /// Raised when some were lent, or the lender has no more.
     pub lent: Signal,
     /// Milliseconds to wait for granules on their way.
     pub patience_ms: AtomicU32,
     /// Wait even when the lender has said that it has no more.
     pub insist: AtomicBool,
-    /// A thread waited for too long, and the space counts as exhausted until
-    /// the lender says something, or has nothing to say.
-    pub impatient: AtomicBool,
+    /// A thread waited for too long, and a lot counts as exhausted until the
+    /// lender says something, or has nothing to say.
+    pub impatient: [AtomicBool; LOTS],
     /// A forked child: it has no lender, and may have one.
     pub orphan: AtomicBool,
     /// Called once when an orphan needs a granule. It may allocate: a hook
@@ -112,11 +112,11 @@ impl Supply {
     pub const fn new(adopt: fn()) -> Self {
         Self {
             wanted: Signal::new(),
-            demand: AtomicUsize::new(0),
+            demand: [const { AtomicUsize::new(0) }; LOTS],
             lent: Signal::new(),
             patience_ms: AtomicU32::new(0),
             insist: AtomicBool::new(false),
-            impatient: AtomicBool::new(false),
+            impatient: [const { AtomicBool::new(false) }; LOTS],
             orphan: AtomicBool::new(false),
             adopt,
         }
@@ -132,17 +132,22 @@ impl Supply {
     }
 
     /// A thread has waited in vain for a lender that has not said that it has
-    /// no more: the next ones do not wait.
-    pub fn lose_patience(&self, space: &Space) {
-        if !space.is_exhausted() {
-            space.set_exhausted(true);
-            self.impatient.store(true, Ordering::Release);
+    /// no more of a lot: the next ones do not wait.
+    pub fn lose_patience(&self, space: &Space, lot: Lot) {
+        if !space.is_lot_exhausted(lot) {
+            space.set_lot_exhausted(lot, true);
+            self.impatient[lot.index()].store(true, Ordering::Release);
         }
     }
 
-    /// Calls for granules that a thread waits for.
-    pub fn want(&self, granules: usize) {
-        self.demand.fetch_max(granules, Ordering::AcqRel);
+    /// The lender has said something: what it said holds.
+    pub fn be_patient(&self, lot: Lot) -> bool {
+        self.impatient[lot.index()].swap(false, Ordering::AcqRel)
+    }
+
+    /// Calls for granules of a lot that a thread waits for.
+    pub fn want(&self, granules: usize, lot: Lot) {
+        self.demand[lot.index()].fetch_max(granules, Ordering::AcqRel);
         self.wanted.raise();
     }
 }
@@ -255,6 +260,7 @@ impl Hooks {
             return None;
         }
         let (patience, insist, dram) = self.policy();
+        let lot = self.space.lot(self.domain.owner);
         let deadline = Instant::now() + Duration::from_millis(u64::from(patience));
         loop {
             let seen = self.supply.lent.read();
@@ -262,15 +268,15 @@ impl Hooks {
                 return Some(run);
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let vain = self.space.is_exhausted() && !insist;
+            let vain = self.space.is_lot_exhausted(lot) && !insist;
             if left.is_zero() && patience > 0 {
-                self.supply.lose_patience(self.space);
+                self.supply.lose_patience(self.space, lot);
             }
             if left.is_zero() || vain {
                 return self.space.alloc(self.domain, size, alignment, dram);
             }
-            if !self.space.is_exhausted() {
-                self.supply.want(size.div_ceil(GRANULE));
+            if !self.space.is_lot_exhausted(lot) {
+                self.supply.want(size.div_ceil(GRANULE), lot);
             }
             self.supply.lent.wait(seen, left);
         }

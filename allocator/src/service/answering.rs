@@ -52,7 +52,7 @@ impl Service {
             bytes: recall.bytes.saturating_sub(out.returned()),
             ..*recall
         };
-        let give_back = |out: &RecallOutcome| self.give_back(heap, source, &rest(out), 0);
+        let give_back = |out: &RecallOutcome| self.give_back(heap, source, &rest(out), None, 0);
         out.idle = give_back(&out);
         if rest(&out).bytes > 0 {
             heap.purge_extents();

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use crate::evacuation::Evacuator;
 use crate::heap::Heap;
 use crate::source::{ExtentSource, Ranges, Recall};
+use crate::space::{LOTS, Lot};
 use crate::stats::{Stalls, Stats};
 use crate::sync::{Lock, Signal};
 
@@ -35,13 +36,15 @@ pub(crate) struct Service {
     /// The source answers.
     running: AtomicBool,
     source: Lock<Option<&'static dyn ExtentSource>>,
+    /// The same, and in a child that of its parent.
+    lender: Lock<Option<&'static dyn ExtentSource>>,
     adopted: Signal,
     /// The source has said that it has capacity again.
     plenty: AtomicBool,
     /// DRAM is short, and nothing was done about it yet.
     strained: AtomicBool,
-    /// A request is on its way to the source.
-    asked: AtomicBool,
+    /// A request of each lot is on its way to the source.
+    asked: [AtomicBool; LOTS],
     recalls: Lock<[Option<Recall>; RECALLS]>,
     /// Extents that are gone, which what moves may arrive on yet.
     landing: Lock<[Option<Ranges>; RECALLS]>,
@@ -74,10 +77,11 @@ impl Service {
             alive: AtomicBool::new(false),
             running: AtomicBool::new(false),
             source: Lock::new(None),
+            lender: Lock::new(None),
             adopted: Signal::new(),
             plenty: AtomicBool::new(false),
             strained: AtomicBool::new(false),
-            asked: AtomicBool::new(false),
+            asked: [const { AtomicBool::new(false) }; LOTS],
             recalls: Lock::new([None; RECALLS]),
             landing: Lock::new([None; RECALLS]),
             trim: AtomicBool::new(false),
@@ -101,6 +105,7 @@ impl Service {
         source: &'static dyn ExtentSource,
     ) -> Result<(), Errno> {
         *self.source.lock() = Some(source);
+        *self.lender.lock() = Some(source);
         self.running.store(true, Ordering::Release);
         self.alive.store(true, Ordering::Release);
         let seen = self.adopted.read();
@@ -130,9 +135,11 @@ impl Service {
             &self.moves,
             &self.plenty,
             &self.strained,
-            &self.asked,
             &self.trim,
-        ] {
+        ]
+        .into_iter()
+        .chain(&self.asked)
+        {
             flag.store(false, Ordering::Release);
         }
         self.fork.store(RUNNING, Ordering::Release);
@@ -140,6 +147,7 @@ impl Service {
         // SAFETY: the child has one thread, and it holds none.
         unsafe {
             self.source.force_unlock();
+            self.lender.force_unlock();
             self.recalls.force_unlock();
             self.landing.force_unlock();
             self.stalls.force_unlock();
@@ -165,6 +173,11 @@ impl Service {
         if sandbox() == self.sandbox.load(Ordering::Relaxed) {
             let _ = threads::spawn(threads::newborn, heap);
         }
+    }
+
+    /// Who lends to this process, or did to the one that it was forked from.
+    pub(crate) fn lender(&self) -> Option<&'static dyn ExtentSource> {
+        *self.lender.lock()
     }
 
     fn source(&self) -> Option<&'static dyn ExtentSource> {
@@ -210,27 +223,27 @@ impl Service {
     ///
     /// [`Supply::lose_patience`]: crate::engine::Supply::lose_patience
     fn regain_patience(&self, heap: &Heap) {
-        let impatient = &heap.supply().impatient;
-        if impatient.load(Ordering::Acquire)
-            && !self.asked.load(Ordering::Acquire)
-            && impatient.swap(false, Ordering::AcqRel)
-        {
-            heap.space().set_exhausted(false);
+        for lot in Lot::all() {
+            if !self.asked[lot.index()].load(Ordering::Acquire) && heap.supply().be_patient(lot) {
+                heap.space().set_lot_exhausted(lot, false);
+            }
         }
     }
 
     /// The heap goes on with what it has. Who waits for extents may go on
     /// waiting: the source may be back in time.
     fn away(&self, heap: &Heap) {
-        heap.supply().impatient.store(false, Ordering::Release);
+        Lot::all().for_each(|lot| drop(heap.supply().be_patient(lot)));
         heap.space().set_exhausted(true);
-        self.asked.store(false, Ordering::Release);
+        self.asked
+            .iter()
+            .for_each(|asked| asked.store(false, Ordering::Release));
         heap.lent().raise();
     }
 
     fn closed(&self, heap: &Heap) {
         self.running.store(false, Ordering::Release);
-        heap.supply().impatient.store(false, Ordering::Release);
+        Lot::all().for_each(|lot| drop(heap.supply().be_patient(lot)));
         heap.space().set_exhausted(true);
         heap.expect_none();
         heap.lent().raise();
@@ -254,18 +267,18 @@ mod tests {
         static HEAP: Heap = Heap::new();
         let (service, supply, space) = (HEAP.service(), HEAP.supply(), HEAP.space());
         space.set_exhausted(false);
-        supply.lose_patience(space);
+        supply.lose_patience(space, Lot::UNTAGGED);
         assert!(space.is_exhausted());
-        service.asked.store(true, Ordering::Release);
+        service.asked[0].store(true, Ordering::Release);
         service.regain_patience(&HEAP);
         assert!(space.is_exhausted(), "the source has not answered");
-        service.asked.store(false, Ordering::Release);
+        service.asked[0].store(false, Ordering::Release);
         service.regain_patience(&HEAP);
         assert!(!space.is_exhausted());
 
         // What the source itself has said stands.
         space.set_exhausted(true);
-        supply.lose_patience(space);
+        supply.lose_patience(space, Lot::UNTAGGED);
         service.regain_patience(&HEAP);
         assert!(space.is_exhausted());
     }

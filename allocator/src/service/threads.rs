@@ -15,6 +15,7 @@ use crate::evacuation::Evacuator;
 use crate::headroom::Strain;
 use crate::heap::Heap;
 use crate::source::{Event, ExtentSource};
+use crate::space::Lot;
 use crate::thread::{self, Main};
 
 /// For so many ticks after a recall the reserve is not filled up again, unless
@@ -123,7 +124,7 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
         }
         while let Some(recall) = service.take_recall() {
             // What threads lacked may be met by now; who still waits says so.
-            heap.demand().store(0, Ordering::Release);
+            Lot::all().for_each(|lot| heap.demand(lot).store(0, Ordering::Release));
             service.answer(heap, source, &recall);
             heap.lent().raise();
             restraint = RESTRAINT;
@@ -210,14 +211,30 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
         match source.next_event(Duration::from_secs(3600)) {
             Event::Granted {
                 ranges,
+                tag,
                 exhausted,
                 last,
             } => {
-                heap.space().lend(&ranges);
-                if last {
-                    heap.supply().impatient.store(false, Ordering::Release);
-                    heap.space().set_exhausted(exhausted);
-                    service.asked.store(false, Ordering::Release);
+                if ranges.is_empty() && last && !exhausted {
+                    // The source was away, and knows of no request.
+                    let asked = service.asked.iter();
+                    asked.for_each(|asked| asked.store(false, Ordering::Release));
+                }
+                match heap.space().lot_with(tag) {
+                    Some(lot) => {
+                        heap.space().lend_to(lot, &ranges);
+                        if last {
+                            heap.supply().be_patient(lot);
+                            heap.space().set_lot_exhausted(lot, exhausted);
+                            service.asked[lot.index()].store(false, Ordering::Release);
+                        }
+                    }
+                    // Its last arena has ended meanwhile.
+                    None => {
+                        source.give_back(&ranges);
+                        let tagged = service.asked.iter().skip(1);
+                        tagged.for_each(|asked| asked.store(false, Ordering::Release));
+                    }
                 }
                 if !ranges.is_empty() {
                     service.grants.fetch_add(1, Ordering::Relaxed);

@@ -12,6 +12,7 @@ impl State {
     /// was bare is bare again, or idle.
     pub(super) fn back_run(&mut self, run: Range<usize>, domain: Domain, dram: bool) -> bool {
         let tier = domain.tier;
+        let lot = self.lot(domain.owner).index();
         let mut index = run.start;
         while index < run.end {
             if self.granule(index).backing != Backing::None {
@@ -27,7 +28,7 @@ impl State {
                 continue;
             }
             let bare = |index: &usize| self.granule(*index).backing == Backing::None;
-            let count = match lent && self.pool.count() > 0 || by_choice {
+            let count = match lent && self.pools[lot].count() > 0 || by_choice {
                 // The next one may be mapped, or is not DRAM by choice.
                 true => 1,
                 false => (index..run.end).take_while(bare).count(),
@@ -55,14 +56,15 @@ impl State {
     /// (`RLIMIT_AS` counts the duplicate before it takes the place of the
     /// reservation; DRAM still can).
     fn back_with_lent(&mut self, index: usize, domain: Domain) -> bool {
-        let Some(offset) = self.pool.take() else {
+        let lot = self.lot(domain.owner).index();
+        let Some(offset) = self.pools[lot].take() else {
             return false;
         };
         let (at, alias) = (self.addr(index), self.window + offset as usize);
         // SAFETY: a bare granule, and an offset that `lend` found to lie
         // inside the window.
         if unsafe { map::back_with_window(at, alias, GRANULE) }.is_err() {
-            self.pool.put(offset);
+            self.pools[lot].put(offset);
             return false;
         }
         self.now_backed(index, Backing::Extent(offset), domain, false);
@@ -72,7 +74,11 @@ impl State {
     /// Gives a bare granule the extent of an idle one outside of `run`, for
     /// runs that need more neighbours than are idle side by side.
     fn back_with_idle(&mut self, index: usize, domain: Domain, run: &Range<usize>) -> bool {
-        let idle = |&i: &usize| !run.contains(&i) && self.granule(i).is_idle();
+        let lot = self.lot(domain.owner);
+        let idle = |&i: &usize| {
+            let granule = self.granule(i);
+            !run.contains(&i) && granule.is_idle() && self.lot(granule.owner) == lot
+        };
         let Some(from) = (0..self.high).rev().find(idle) else {
             return false;
         };

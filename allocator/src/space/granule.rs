@@ -53,9 +53,15 @@ impl Owner {
         Self(slot + 1)
     }
 
-    /// The slot of the arena; `None`: the heap.
+    /// Nobody: it has outlived its arena, and is only to be given back.
+    pub(super) const NOBODY: Self = Self(0x7ffe);
+
+    /// The slot of the arena; `None`: the heap, or nobody.
     pub fn slot(self) -> Option<usize> {
-        self.0.checked_sub(1).map(usize::from)
+        match self {
+            Self::NOBODY => None,
+            _ => self.0.checked_sub(1).map(usize::from),
+        }
     }
 
     /// For a table in which 0 means nobody.

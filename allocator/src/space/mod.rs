@@ -17,6 +17,7 @@
 mod backing;
 mod granule;
 mod losing;
+mod lots;
 mod map;
 mod moving;
 mod pagemap;
@@ -33,6 +34,7 @@ use rustix::io::Errno;
 
 pub use granule::{Backing, Domain, GRANULE, Owner, PAGE, PAGES_PER_GRANULE, Tier};
 pub(crate) use losing::Fate;
+pub use lots::{LOTS, Lot};
 pub use map::keep_private;
 pub(crate) use map::table as map_table;
 pub use moving::{Ended, Leaving, Move};
@@ -123,8 +125,9 @@ impl Usage {
 /// A reserved range of addresses and what backs it.
 pub struct Space {
     state: Lock<State>,
-    /// The lender has no more: take DRAM instead of failing, if allowed.
-    exhausted: AtomicBool,
+    /// The lender has no more of a lot, a bit for each: take DRAM instead of
+    /// failing, if allowed.
+    exhausted: AtomicU32,
     /// How often `exhausted` was set.
     refusals: AtomicU32,
     /// Whether DRAM is taken where no lent granule is unused.
@@ -161,7 +164,7 @@ impl Space {
     pub const fn new() -> Self {
         Self {
             state: Lock::new(State::NEW),
-            exhausted: AtomicBool::new(true),
+            exhausted: AtomicU32::new(u32::MAX),
             refusals: AtomicU32::new(0),
             dram_when_exhausted: AtomicBool::new(true),
             low: AtomicU8::new(FINE),
@@ -215,9 +218,12 @@ impl Space {
         let granules = len / GRANULE;
         let mut state = self.state.lock();
         if state.window_len != len {
-            let table = map::table(pool::Pool::table_bytes(granules))?;
-            // SAFETY: a new table of the size that the pool asks for.
-            unsafe { state.pool.open(table, granules) };
+            let each = pool::Pool::table_bytes(granules);
+            let table = map::table(each * LOTS)?;
+            for (index, pool) in state.pools.iter_mut().enumerate() {
+                // SAFETY: a part of a new table, of the size that a pool asks for.
+                unsafe { pool.open(table + index * each, granules) };
+            }
         }
         if state.dead == 0 {
             state.dead = map::dead(GRANULE)?;
@@ -240,10 +246,28 @@ impl Space {
     /// Says whether the lender has more to give.
     pub fn set_exhausted(&self, yes: bool) {
         self.refusals.fetch_add(u32::from(yes), Ordering::Relaxed);
-        self.exhausted.store(yes, Ordering::Release);
+        let all = if yes { u32::MAX } else { 0 };
+        self.exhausted.store(all, Ordering::Release);
     }
 
-    /// How often the lender has said that it has no more.
+    /// Says whether the lender has more of a lot to give.
+    pub(crate) fn set_lot_exhausted(&self, lot: Lot, yes: bool) {
+        let bit = 1 << lot.index();
+        match yes {
+            true => self.exhausted.fetch_or(bit, Ordering::AcqRel),
+            false => self.exhausted.fetch_and(!bit, Ordering::AcqRel),
+        };
+        if yes && lot == Lot::UNTAGGED {
+            self.refusals.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the lender said that it has no more of a lot.
+    pub(crate) fn is_lot_exhausted(&self, lot: Lot) -> bool {
+        self.exhausted.load(Ordering::Acquire) & 1 << lot.index() != 0
+    }
+
+    /// How often the lender has said that it has no more without a tag.
     pub fn refusals(&self) -> u32 {
         self.refusals.load(Ordering::Acquire)
     }
@@ -253,9 +277,9 @@ impl Space {
         self.state.lock().extents_closed = yes;
     }
 
-    /// Whether the lender said that it has no more.
+    /// Whether the lender said that it has no more without a tag.
     pub fn is_exhausted(&self) -> bool {
-        self.exhausted.load(Ordering::Acquire)
+        self.is_lot_exhausted(Lot::UNTAGGED)
     }
 
     /// Whether an address lies in this space.
@@ -405,15 +429,23 @@ impl Space {
         self.state.lock().free_pages(addr, len);
     }
 
-    /// Adds lent granules, which read as zeroes, to the pool. Returns the
-    /// bytes taken; what lies outside the window or is there already is not.
+    /// Adds lent granules without a tag, which read as zeroes, to the pool.
+    /// Returns the bytes taken; what lies outside the window or is there already
+    /// is not.
     pub fn lend(&self, ranges: &Ranges) -> u64 {
+        self.lend_to(Lot::UNTAGGED, ranges)
+    }
+
+    /// The same for granules of a lot.
+    pub(crate) fn lend_to(&self, lot: Lot, ranges: &Ranges) -> u64 {
         let mut state = self.state.lock();
         let mut taken = 0;
         for range in ranges.as_slice() {
             for step in 0..range.len / GRANULE as u64 {
                 let offset = range.offset + step * GRANULE as u64;
-                if offset + GRANULE as u64 <= state.window_len as u64 && state.pool.put(offset) {
+                if offset + GRANULE as u64 <= state.window_len as u64
+                    && state.pools[lot.index()].put(offset)
+                {
                     taken += GRANULE as u64;
                 }
             }
@@ -431,14 +463,14 @@ impl Space {
         self.state.lock().short_of()
     }
 
-    /// Unused granules above what should be kept.
-    pub fn surplus(&self) -> usize {
-        self.state.lock().surplus()
+    /// Unused granules of a lot above what should be kept.
+    pub(crate) fn surplus_of(&self, lot: Lot) -> usize {
+        self.state.lock().surplus_of(lot)
     }
 
-    /// Leased granules that nothing uses, mapped or not.
+    /// Leased granules without a tag that nothing uses, mapped or not.
     pub fn idle_granules(&self) -> usize {
-        (self.state.lock().usage.idle / GRANULE as u64) as usize
+        self.state.lock().idle_of(Lot::UNTAGGED)
     }
 
     /// Advances the clock by which idle granules age.
@@ -451,6 +483,17 @@ impl Space {
     /// of those inside `wanted` (any, if that is empty), idle for at least
     /// `min_age` ticks. At most 28 runs at a time: call again until empty.
     pub fn take_idle(&self, granules: usize, wanted: &[WindowRange], min_age: u32) -> Ranges {
+        self.take_idle_of(None, granules, wanted, min_age)
+    }
+
+    /// The same, of one lot if that is given.
+    pub(crate) fn take_idle_of(
+        &self,
+        lot: Option<Lot>,
+        granules: usize,
+        wanted: &[WindowRange],
+        min_age: u32,
+    ) -> Ranges {
         let mut out = Ranges::EMPTY;
         let mut state = self.state.lock();
         let mut taken = 0;
@@ -463,7 +506,8 @@ impl Space {
                 continue;
             };
             let age = state.tick.wrapping_sub(granule.idle_since);
-            if !granule.is_idle() || age < min_age || !wants(wanted, offset) {
+            let other = lot.is_some_and(|lot| state.lot(granule.owner) != lot);
+            if other || !granule.is_idle() || age < min_age || !wants(wanted, offset) {
                 continue;
             }
             if out.is_full() || !state.unback_idle(index) {
@@ -476,7 +520,11 @@ impl Space {
             taken += 1;
         }
         if state.tick.wrapping_sub(state.lent_at) >= min_age {
-            taken += state.pool.drain(granules - taken, wanted, &mut out);
+            for (index, pool) in state.pools.iter_mut().enumerate() {
+                if lot.is_none_or(|lot| lot.index() == index) {
+                    taken += pool.drain(granules - taken, wanted, &mut out);
+                }
+            }
         }
         state.usage.extent_held -= (taken * GRANULE) as u64;
         state.usage.idle -= (taken * GRANULE) as u64;
@@ -492,7 +540,9 @@ impl Space {
             matches!(granule.backing, Backing::Extent(o) if wants(wanted, o)) && granule.is_idle()
         });
         let mapped = idle.count();
-        ((mapped + state.pool.count_in(wanted)) * GRANULE) as u64
+        let pools = state.pools.iter_mut().filter(|pool| pool.count() > 0);
+        let pooled: usize = pools.map(|pool| pool.count_in(wanted)).sum();
+        ((mapped + pooled) * GRANULE) as u64
     }
 
     /// Bytes of lent granules, inside `wanted` or anywhere if that is empty,
@@ -532,7 +582,9 @@ impl Space {
     /// what was live is inaccessible from now on.
     pub fn disown_extents(&self) {
         let mut state = self.state.lock();
-        while state.pool.take().is_some() {}
+        for pool in &mut state.pools {
+            while pool.take().is_some() {}
+        }
         self.unpin_all(&mut state);
         self.lost.store(0, Ordering::Relaxed);
         let mut index = 0;

@@ -5,6 +5,7 @@
 //! is copied for nothing, and booked out as ever.
 
 use super::granule::{Backing, GRANULE, Owner, PAGE, Tier};
+use super::lots::Lot;
 use super::pagemap::PageMap;
 use super::pool::wants;
 use super::rebind::{LivePages, Memory, RUN, Step};
@@ -119,7 +120,11 @@ impl Space {
             let spilling = picked.is_spill();
             let bytes = u64::from(state.granule(first + picked.len).live.count()) * PAGE as u64;
             let other = if leaving.to_extents && !spilling {
-                state.pool.take_outside(leaving.wanted)
+                let owner = state.granule(first + picked.len).owner;
+                let lot = state.lot(owner).index();
+                // Nobody's is only to be given back.
+                let pool = state.pools.get_mut(lot);
+                pool.and_then(|pool| pool.take_outside(leaving.wanted))
             } else {
                 None
             };
@@ -153,12 +158,15 @@ impl Space {
                 granule.tier == Tier::Extent
                     && granule.backing == Backing::Dram
                     && !(granule.stays() || granule.refused.is_some() || granule.by_choice)
+                    && state.has_pooled(granule.owner)
             }
         };
         let first = (0..state.high).find(|&index| may(&state, index))?;
         let mut picked = state.new_move(first);
         while picked.len < RUN.min(granules) && may(&state, first + picked.len) {
-            let Some(offset) = state.pool.take() else {
+            let owner = state.granule(first + picked.len).owner;
+            let lot = state.lot(owner).index();
+            let Some(offset) = state.pools[lot].take() else {
                 break;
             };
             state.usage.idle -= GRANULE as u64;
@@ -167,11 +175,15 @@ impl Space {
         (picked.len > 0).then_some(picked)
     }
 
-    /// Granules in DRAM or spilled for want of extents, which could move.
-    pub fn displaced(&self) -> usize {
+    /// Granules in DRAM or spilled for want of extents, which could move to
+    /// some of a lot.
+    pub fn displaced(&self, lot: Lot) -> usize {
         let state = self.state.lock();
         let displaced = |&index: &usize| {
             let granule = state.granule(index);
+            if state.lot(granule.owner) != lot {
+                return false;
+            }
             granule.backing == Backing::Spilled
                 || granule.tier == Tier::Extent
                     && granule.backing == Backing::Dram

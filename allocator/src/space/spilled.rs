@@ -3,6 +3,7 @@
 use super::granule::{Backing, Granule};
 use super::moving::Move;
 use super::pagemap::PageMap;
+use super::pool::Pool;
 use super::rebind::LivePages;
 use super::{Space, map};
 use crate::space::GRANULE;
@@ -24,7 +25,8 @@ impl Space {
             return None;
         }
         let unused = if to_extents && !state.extents_closed {
-            state.pool.take()
+            let lot = state.lot(state.granule(index).owner).index();
+            state.pools.get_mut(lot).and_then(Pool::take)
         } else {
             None
         };
@@ -50,9 +52,19 @@ impl Space {
         (0..state.high).find(spilled).map(|index| state.addr(index))
     }
 
-    /// Leased granules that are mapped nowhere.
-    pub fn pooled(&self) -> usize {
-        self.state.lock().pool.count()
+    /// The address of a spilled granule for which there is an extent.
+    pub fn next_restorable(&self) -> Option<usize> {
+        let state = self.state.lock();
+        if state.usage.spilled_held == 0 {
+            return None;
+        }
+        let restorable = |index: &usize| {
+            let granule = state.granule(*index);
+            granule.backing == Backing::Spilled && state.has_pooled(granule.owner)
+        };
+        (0..state.high)
+            .find(restorable)
+            .map(|index| state.addr(index))
     }
 
     /// Books the spilled granule at `addr` as lost.

@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicU16, Ordering};
 use super::granule::{
     Backing, Domain, GRANULE, Granule, Owner, PAGE, PAGES_PER_GRANULE, SHELVES, Tier,
 };
+use super::lots::{LOTS, Lot, Lots};
 use super::pool::Pool;
 use super::{Run, Usage};
 
@@ -37,7 +38,9 @@ pub(super) struct State {
     pub(super) window_len: usize,
     /// A granule of a shared mapping that faults; 0: none yet.
     pub(super) dead: usize,
-    pub(super) pool: Pool,
+    /// Granules that are leased and not mapped, by lot.
+    pub(super) pools: [Pool; LOTS],
+    pub(super) lots: Lots,
     pub(super) usage: Usage,
     /// Every `dram_every`-th new granule of the extent tier is DRAM by choice
     /// (placement `interleave`); 0: none.
@@ -78,7 +81,8 @@ impl State {
         window: 0,
         window_len: 0,
         dead: 0,
-        pool: Pool::NEW,
+        pools: [Pool::NEW; LOTS],
+        lots: Lots::NEW,
         usage: Usage::NEW,
         dram_every: 0,
         interleaved: 0,
@@ -246,7 +250,7 @@ impl State {
         };
         let (first, start, new) = (place.first, place.start, place.new);
         let end = first + (start + pages).div_ceil(PAGES_PER_GRANULE);
-        let lent = self.idle()
+        let lent = self.idle_of(self.lot(domain.owner))
             - (first..end.min(self.high))
                 .filter(|&i| self.granule(i).is_idle())
                 .count();
@@ -411,18 +415,19 @@ impl State {
         (used / 32).min(RESERVE_MAX)
     }
 
-    fn idle(&self) -> usize {
-        self.usage.idle as usize / GRANULE
-    }
-
     /// How many unused granules are missing from the reserve.
     pub(super) fn short_of(&self) -> usize {
-        self.reserve().saturating_sub(self.idle())
+        self.reserve().saturating_sub(self.idle_of(Lot::UNTAGGED))
     }
 
-    /// How many unused granules there are beyond the reserve.
-    pub(super) fn surplus(&self) -> usize {
-        self.idle().saturating_sub(self.reserve())
+    /// How many unused granules of a lot there are beyond the reserve, which
+    /// is of those without a tag.
+    pub(super) fn surplus_of(&self, lot: Lot) -> usize {
+        let reserve = match lot {
+            Lot::UNTAGGED => self.reserve(),
+            _ => 0,
+        };
+        self.idle_of(lot).saturating_sub(reserve)
     }
 
     /// Books pages of a backed granule as live; whether all of them are zero.

@@ -6,11 +6,11 @@ use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use allocator::Heap;
 use allocator::source::{
     Event, ExtentSource, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome, WindowRange,
 };
 use allocator::space::{GRANULE, keep_private};
+use allocator::{Heap, Tag};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
@@ -25,6 +25,8 @@ struct State {
     withheld: Vec<WindowRange>,
     /// Taken by force, and not given back yet.
     gone: BTreeSet<u64>,
+    /// From these offsets on granules have these tags; the last one first.
+    tagged: Vec<(u64, Tag)>,
 }
 
 impl State {
@@ -33,10 +35,18 @@ impl State {
         self.withheld.iter().any(inside)
     }
 
-    /// The first granule that may be granted.
-    fn next_free(&self) -> Option<u64> {
+    /// The tag of the granule at `offset`.
+    fn tag_of(&self, offset: u64) -> Tag {
+        let tagged = self.tagged.iter().find(|(from, _)| offset >= *from);
+        tagged.map_or(Tag::NONE, |(_, tag)| *tag)
+    }
+
+    /// The first granule with this tag that may be granted.
+    fn next_free_of(&self, tag: Tag) -> Option<u64> {
         let mut free = self.free.iter().copied();
-        free.find(|offset| !self.closed && !self.is_withheld(*offset))
+        free.find(|offset| {
+            !self.closed && !self.is_withheld(*offset) && self.tag_of(*offset) == tag
+        })
     }
 }
 
@@ -108,6 +118,12 @@ impl MemfdSource {
             window: (addr as usize, len),
             _memory: memory,
         }))
+    }
+
+    /// From granule `first` on all have this tag.
+    pub(crate) fn tag_from(&self, first: usize, tag: Tag) {
+        let mut state = self.state.lock().unwrap();
+        state.tagged.insert(0, ((first * GRANULE) as u64, tag));
     }
 
     /// Granules that nobody has.
@@ -291,14 +307,14 @@ impl ExtentSource for MemfdSource {
         self.window
     }
 
-    fn request(&self, bytes: u64) -> bool {
+    fn request(&self, bytes: u64, tag: Tag) -> bool {
         let mut state = self.state.lock().unwrap();
         let want = bytes as usize / GRANULE;
         let mut granted = 0;
         loop {
             let mut ranges = Ranges::EMPTY;
             while granted < want
-                && let Some(offset) = state.next_free()
+                && let Some(offset) = state.next_free_of(tag)
                 && ranges.push(WindowRange {
                     offset,
                     len: GRANULE as u64,
@@ -307,10 +323,11 @@ impl ExtentSource for MemfdSource {
                 state.free.remove(&offset);
                 granted += 1;
             }
-            let exhausted = state.next_free().is_none();
+            let exhausted = state.next_free_of(tag).is_none();
             let last = granted >= want || exhausted;
             state.events.push_back(Event::Granted {
                 ranges,
+                tag,
                 exhausted,
                 last,
             });

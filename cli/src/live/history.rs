@@ -102,7 +102,7 @@ fn kind_at(status: &Status, dpa: u64) -> i64 {
                 (_, MapState::Lost | MapState::Broken, _) => OUTGOING,
                 (_, MapState::Leased, pid) => i64::from(pid.unwrap_or(0)),
                 (_, MapState::Dirty, _) => DIRTY,
-                (_, MapState::Clean | MapState::Warm, _) => FREE,
+                (_, MapState::Clean | MapState::Warm | MapState::Shared, _) => FREE,
             };
         }
         left -= run.len;

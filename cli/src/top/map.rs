@@ -105,5 +105,6 @@ fn glyph(cell: &[MapRun], flow: &Flow) -> (char, Style) {
         MapState::Lost | MapState::Broken => ('x', style.fg(Color::Indexed(203))),
         MapState::Dirty => ('░', style),
         MapState::Clean | MapState::Warm => ('·', style),
+        MapState::Shared => ('s', style),
     }
 }

@@ -74,6 +74,9 @@ pub struct dcm_arena_params {
     pub on_lost: dcm_lost_fn,
     /// Passed to the callbacks.
     pub context: *mut c_void,
+    /// Its extents are those with this tag, a UUID, and no others; null: those
+    /// without a tag.
+    pub tag: *const c_char,
 }
 
 /// An arena's callbacks, which may be running while it is ended.
@@ -236,6 +239,9 @@ unsafe fn builder(heap: &'static Heap, params: &dcm_arena_params) -> Result<Aren
     }
     if let Some(value) = optional(params.on_exhausted, "on_exhausted")? {
         builder = builder.on_exhausted(set("on_exhausted", value)?.on_exhausted);
+    }
+    if let Some(text) = optional(params.tag, "the tag")? {
+        builder = builder.tag(text.parse()?);
     }
     if params.limit > 0 {
         builder = builder.limit(params.limit);

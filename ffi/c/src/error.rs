@@ -4,7 +4,7 @@ use core::cell::UnsafeCell;
 use core::ffi::{CStr, c_char, c_int};
 use core::fmt::{self, Write};
 
-use allocator::{ArenaError, PinError};
+use allocator::{ArenaError, PinError, SharedError, TagError};
 use dcmalloc::process::StartError;
 
 /// What a call came to. `dcm_last_error` says more.
@@ -38,11 +38,13 @@ pub enum dcm_status {
     DCM_SYSTEM = 11,
     /// There is no such pin: it has ended, or never was.
     DCM_NO_PIN = 12,
+    /// There is no shared capacity with this tag, or none is mapped there.
+    DCM_NO_TAG = 13,
 }
 
 use dcm_status::{
-    DCM_BROKER, DCM_FOREIGN, DCM_INVALID, DCM_NO_ARENA, DCM_NO_MEMORY, DCM_NO_PIN, DCM_OK,
-    DCM_READ_ONLY, DCM_SECOND_COPY, DCM_SIZE, DCM_SYSTEM, DCM_TOO_MANY, DCM_UNKNOWN,
+    DCM_BROKER, DCM_FOREIGN, DCM_INVALID, DCM_NO_ARENA, DCM_NO_MEMORY, DCM_NO_PIN, DCM_NO_TAG,
+    DCM_OK, DCM_READ_ONLY, DCM_SECOND_COPY, DCM_SIZE, DCM_SYSTEM, DCM_TOO_MANY, DCM_UNKNOWN,
 };
 
 /// Why a call was refused.
@@ -73,6 +75,12 @@ pub(crate) enum Error {
     #[error("there is no pin {0}: it has ended, or never was")]
     NoPin(u64),
     #[error(transparent)]
+    Tag(#[from] TagError),
+    #[error(transparent)]
+    Shared(#[from] SharedError),
+    #[error("no shared capacity is mapped at {0:#x}: it has been closed, or never was")]
+    NotShared(usize),
+    #[error(transparent)]
     Pin(#[from] PinError),
     #[error(transparent)]
     Arena(#[from] ArenaError),
@@ -93,6 +101,9 @@ impl Error {
             Self::ReadOnly(_) => DCM_READ_ONLY,
             Self::Size { .. } => DCM_SIZE,
             Self::NoPin(_) => DCM_NO_PIN,
+            Self::Tag(_) => DCM_INVALID,
+            Self::Shared(SharedError::Refused(_)) | Self::NotShared(_) => DCM_NO_TAG,
+            Self::Shared(_) => DCM_BROKER,
             Self::Pin(PinError::Empty) => DCM_INVALID,
             Self::Pin(PinError::Foreign { .. }) => DCM_FOREIGN,
             Self::Pin(PinError::TooMany) => DCM_TOO_MANY,
@@ -188,7 +199,7 @@ pub(crate) unsafe fn text<'a>(text: *const c_char, what: &'static str) -> Result
 /// What a status means, in a few words; a static string, never null.
 #[unsafe(no_mangle)]
 pub extern "C" fn dcm_strerror(status: c_int) -> *const c_char {
-    const TEXTS: [&CStr; 13] = [
+    const TEXTS: [&CStr; 14] = [
         c"done",
         c"an argument can't be meant",
         c"no memory within the limits that hold",
@@ -202,6 +213,7 @@ pub extern "C" fn dcm_strerror(status: c_int) -> *const c_char {
         c"another copy of the library serves this process",
         c"the system refused a thread or addresses",
         c"there is no such pin",
+        c"there is no such shared capacity",
     ];
     let text = usize::try_from(status)
         .ok()

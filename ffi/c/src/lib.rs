@@ -5,6 +5,7 @@
 //! | [`arena`] | making and ending arenas |
 //! | [`memory`] | allocations in them |
 //! | [`pin`] | memory that stays where it is |
+//! | [`shared`] | capacity that several hosts share, to be read |
 //! | [`broker`] | connecting, giving back, receipts |
 //! | [`ctl`] | one name for each number and setting |
 //! | [`error`] | status codes and texts |
@@ -19,6 +20,7 @@ pub mod ctl;
 pub mod error;
 pub mod memory;
 pub mod pin;
+pub mod shared;
 
 use allocator::Heap;
 use dcmalloc::process;

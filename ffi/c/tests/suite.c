@@ -264,6 +264,52 @@ static void blocks_lie_on_extents(void)
     CHECK(dcm_arena_destroy(arena) == DCM_OK && dcm_arena_destroy(dram) == DCM_OK);
 }
 
+static void tagged_arenas_lie_on_their_tag(void)
+{
+    dcm_arena arena;
+    struct dcm_arena_params params = {.struct_size = sizeof params, .tag = "seven"};
+    CHECK(dcm_arena_create(&params, &arena) == DCM_INVALID);
+    CHECK(strstr(dcm_last_error(), "UUID"));
+    if (!attached())
+        return;
+    dcm_arena unknown, untagged = plain();
+    params.on_exhausted = "fail";
+    params.tag = TAG;
+    CHECK(dcm_arena_create(&params, &arena) == DCM_OK);
+    params.tag = UNKNOWN_TAG;
+    CHECK(dcm_arena_create(&params, &unknown) == DCM_OK);
+    uint64_t before = number("stats.usage.extent_live");
+    CHECK(dcm_malloc(arena, 5 * MIB) != NULL);
+    CHECK(number("stats.usage.extent_live") >= before + 5 * MIB);
+    CHECK(!dcm_malloc(arena, 5 * MIB) && !dcm_malloc(unknown, MIB));
+    CHECK(dcm_malloc(untagged, 10 * MIB) != NULL);
+    CHECK(dcm_arena_destroy(arena) == DCM_OK && dcm_arena_destroy(unknown) == DCM_OK);
+    CHECK(dcm_arena_destroy(untagged) == DCM_OK);
+}
+
+static void shared_extents_are_read(void)
+{
+    const void *data = NULL, *second = NULL;
+    size_t size = 0;
+    CHECK(dcm_open_shared("seven", &data, &size) == DCM_INVALID);
+    CHECK(dcm_open_shared(NULL, &data, &size) == DCM_INVALID);
+    CHECK(dcm_open_shared(SHARED_TAG, NULL, &size) == DCM_INVALID);
+    CHECK(dcm_close_shared(NULL) == DCM_OK && dcm_close_shared(&size) == DCM_NO_TAG);
+    if (!attached())
+        return;
+    CHECK(dcm_open_shared(SHARED_TAG, &data, &size) == DCM_OK && size == 4 * MIB);
+    CHECK(dcm_open_shared(SHARED_TAG, &second, &size) == DCM_OK && second != data);
+    for (unsigned char i = 0; i < 4; i++)
+        CHECK(holds((const unsigned char *)data + i * MIB, MIB, i + 1));
+    CHECK(size == 4 * MIB && !memcmp(data, second, size));
+    CHECK(dcm_shared_is_lost(data) == 0);
+    CHECK(dcm_close_shared(data) == DCM_OK && dcm_close_shared(data) == DCM_NO_TAG);
+    CHECK(holds(second, MIB, 1) && dcm_close_shared(second) == DCM_OK);
+    CHECK(dcm_open_shared(UNKNOWN_TAG, &data, &size) == DCM_NO_TAG);
+    CHECK(dcm_open_shared(TAG, &data, &size) == DCM_NO_TAG);
+    CHECK(strstr(dcm_last_error(), "not shared"));
+}
+
 static void pins_hold_and_end(void)
 {
     dcm_arena arena = plain();
@@ -367,6 +413,8 @@ int main(void)
         BEHAVIOUR(settings_that_are_none_are_named),
         BEHAVIOUR(statistics_count),
         BEHAVIOUR(blocks_lie_on_extents),
+        BEHAVIOUR(tagged_arenas_lie_on_their_tag),
+        BEHAVIOUR(shared_extents_are_read),
         BEHAVIOUR(pins_hold_and_end),
         BEHAVIOUR(pressure_is_heard),
         BEHAVIOUR(receipt_says_what_came_back),

@@ -1,8 +1,11 @@
 // The C++ face: see behaviours.txt.
 #include <dcmalloc.hpp>
 
+#include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <string>
 #include <thread>
@@ -214,6 +217,47 @@ void blocks_lie_on_extents()
     CHECK(dcm::number("stats.usage.extent_live") >= before + 10 * MIB);
 }
 
+dcm_status refused(const std::function<void()> &call)
+{
+    try {
+        call();
+        return DCM_OK;
+    } catch (const dcm::error &error) {
+        return error.status();
+    }
+}
+
+void tagged_arenas_lie_on_their_tag()
+{
+    CHECK(refused([] { dcm::arena{dcm::params{}.tag("seven")}; }) == DCM_INVALID);
+    if (!attached())
+        return;
+    dcm::arena arena{dcm::params{}.tag(TAG).on_exhausted("fail")};
+    dcm::arena unknown{dcm::params{}.tag(UNKNOWN_TAG).on_exhausted("fail")};
+    dcm::arena untagged;
+    const auto before = dcm::number("stats.usage.extent_live");
+    bytes block(5 * MIB, 7, arena);
+    CHECK(dcm::number("stats.usage.extent_live") >= before + 5 * MIB);
+    CHECK(!arena.try_allocate(5 * MIB, 1) && !unknown.try_allocate(MIB, 1));
+    CHECK(bytes(10 * MIB, 7, untagged).size() == 10 * MIB);
+}
+
+void shared_extents_are_read()
+{
+    CHECK(refused([] { dcm::shared_extents{"seven"}; }) == DCM_INVALID);
+    if (!attached())
+        return;
+    dcm::shared_extents first(SHARED_TAG), second(SHARED_TAG);
+    CHECK(first.size() == 4 * MIB && first.data() != second.data() && !first.is_lost());
+    CHECK(std::equal(first.begin(), first.end(), second.begin(), second.end()));
+    for (std::size_t i = 0; i < first.size(); i++)
+        CHECK(std::to_integer<std::size_t>(first.begin()[i]) == i / MIB + 1);
+    dcm::shared_extents moved(std::move(first));
+    CHECK(moved.size() == 4 * MIB && first.size() == 0);
+    CHECK(refused([] { dcm::shared_extents{UNKNOWN_TAG}; }) == DCM_NO_TAG);
+    CHECK(refused([] { dcm::shared_extents{TAG}; }) == DCM_NO_TAG);
+}
+
 void pins_hold_and_end()
 {
     dcm::arena arena;
@@ -291,6 +335,8 @@ int main()
         BEHAVIOUR(settings_that_are_none_are_named),
         BEHAVIOUR(statistics_count),
         BEHAVIOUR(blocks_lie_on_extents),
+        BEHAVIOUR(tagged_arenas_lie_on_their_tag),
+        BEHAVIOUR(shared_extents_are_read),
         BEHAVIOUR(pins_hold_and_end),
         BEHAVIOUR(pressure_is_heard),
         BEHAVIOUR(receipt_says_what_came_back),

@@ -4,6 +4,12 @@
 
 #include <stdio.h>
 
+/* What the broker of the test has: 8 MiB with the one tag, and 4 MiB that are shared under the
+ * other, of which every byte is the number of its MiB, from 1. */
+#define TAG "7f3e2a90-0000-4000-8000-000000000001"
+#define SHARED_TAG "7f3e2a90-0000-4000-8000-000000000002"
+#define UNKNOWN_TAG "7f3e2a90-0000-4000-8000-000000000003"
+
 static int failed_line;
 static const char *failed_what;
 static const char *skipped_because;

@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -246,7 +247,7 @@ fn compile(
 /// Runs a program over a broker of its own; its verdicts in order, with their names.
 fn judge(mut run: Command, valgrind: bool) -> Result<Vec<(String, String)>> {
     // Valgrind runs one thread at a time: allocations do not wait long enough for extents.
-    let broker = (!valgrind).then(|| Broker::serve(OFFER)).transpose()?;
+    let broker = (!valgrind).then(broker_with_tags).transpose()?;
     let socket = broker.as_ref().map_or("none".into(), Broker::socket);
     run.env("DCM_SOCKET", socket);
     let finished = process::run(&mut run, LIMIT)?;
@@ -269,6 +270,26 @@ fn judge(mut run: Command, valgrind: bool) -> Result<Vec<(String, String)>> {
         bail!("{} after {last}: {}", finished.ending(), said.join(" | "));
     }
     Ok(verdicts)
+}
+
+/// What `ffi/c/tests/suite.h` says of the broker.
+fn broker_with_tags() -> Result<Broker> {
+    let offer = ["--emulate", "1G", "--offer", OFFER, "--sharable", "64M"];
+    let broker = Broker::over(&offer, LIMIT)?;
+    broker.order(&["add", "8M", "--tag", &tag(1)])?;
+    let content: Vec<u8> = (1..=4).flat_map(|number| vec![number; 1 << 20]).collect();
+    let mut file = tempfile::NamedTempFile::new()?;
+    file.write_all(&content)?;
+    let path = file.path().to_str().context("a path in UTF-8")?;
+    let content = ["--shared", "--content", path];
+    let order = ["add", "2M,2M", "--tag", &tag(2)];
+    broker.order(&[&order[..], &content].concat())?;
+    Ok(broker)
+}
+
+/// As in `suite.h`.
+fn tag(number: u8) -> String {
+    format!("7f3e2a90-0000-4000-8000-{number:012}")
 }
 
 /// Whether they are on the list of behaviours, all of it.
