@@ -2,6 +2,9 @@
 
 #![deny(unsafe_code)]
 
+pub mod draw;
+#[expect(unsafe_code, reason = "SQLite calls it by C's rules")]
+pub mod page_cache;
 #[expect(unsafe_code, reason = "io_uring reads into frames")]
 pub mod pool;
 pub mod store;

@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 use allocator::{DcMalloc, OnExhausted};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use dcmalloc_examples::draw;
 use dcmalloc_examples::pool::{PAGE, Pool, SLAB_FRAMES};
 
 #[global_allocator]
@@ -152,24 +153,14 @@ fn read_at_random(
         }
         if start.elapsed() >= drawn + Duration::from_millis(500) {
             drawn = start.elapsed();
-            before = draw(drawn, pool, most, before);
+            let reads = (pool.hits, pool.misses);
+            let bytes = |slabs| slabs * SLAB_FRAMES * PAGE;
+            println!(
+                "{}",
+                draw::line(drawn, bytes(pool.slabs()), bytes(most), before, reads)
+            );
+            before = reads;
         }
     }
     Ok(checked)
-}
-
-/// Draws the pool and what came of the reads since `before`.
-fn draw(at: Duration, pool: &Pool, most: usize, before: (u64, u64)) -> (u64, u64) {
-    const WIDTH: usize = 32;
-    let filled = (pool.slabs() * WIDTH).div_ceil(most.max(1)).min(WIDTH);
-    let (hits, misses) = (pool.hits - before.0, pool.misses - before.1);
-    println!(
-        "{:.1} s |{}{}| {:3} MiB, {:3} % of reads were hits",
-        at.as_secs_f64(),
-        "#".repeat(filled),
-        " ".repeat(WIDTH - filled),
-        (pool.slabs() * SLAB_FRAMES * PAGE) >> 20,
-        100 * hits / (hits + misses).max(1)
-    );
-    (pool.hits, pool.misses)
 }
