@@ -145,7 +145,7 @@ fn every_step_takes_what_it_can_and_the_next_one_the_rest() {
 
     // More than anybody has asked for. Of what is leased and unused then, some
     // extents stay, and everything else is wanted.
-    source.request(granules(TO_EXTENTS + 1));
+    source.request(granules(TO_EXTENTS + 1), allocator::Tag::NONE);
     source.close(true);
     let all = (0..granules(GRANULES)).step_by(GRANULE);
     let lent = all.map(|offset| WindowRange {

@@ -26,8 +26,8 @@ pub(crate) struct Source {
     #[arg(long, value_name = "SIZE,…", value_parser = size::parse, value_delimiter = ',', requires = "emulate")]
     offer: Vec<u64>,
     /// Capacity of the software device, besides, that can be shared between hosts (`dcm add --shared`)
-    #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "emulate", default_value_t = 0, hide_default_value = true)]
-    sharable: u64,
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, requires = "emulate")]
+    sharable: Option<u64>,
     /// Drive the CXL device at this PCI address, which `dcm devices` lists
     #[arg(long, value_name = "BDF", group = "capacity")]
     device: Option<PciAddress>,
@@ -52,7 +52,7 @@ impl Source {
         match self.emulate {
             Some(size) => {
                 emulate::check(size, &self.offer)?;
-                emulate::check(self.sharable, &[])
+                emulate::check(self.sharable(), &[])
             }
             None if self.is_given() => Ok(()),
             None => Err(Failure::Usage(
@@ -76,7 +76,7 @@ impl Source {
 
     /// How much of the software device can be shared between hosts.
     pub(crate) fn sharable(&self) -> u64 {
-        self.sharable
+        self.sharable.unwrap_or(0)
     }
 
     /// A broker over it in this process, and what is served, in words.
@@ -91,7 +91,7 @@ impl Source {
             return node::broker(memory, config);
         }
         let (size, offer) = self.emulated().context("no capacity was named")?;
-        let broker = emulate::broker(size, &offer, self.sharable, config)?;
+        let broker = emulate::broker(size, &offer, self.sharable(), config)?;
         let offered = Bytes(offer.iter().sum());
         let served = format!("{offered} of a software device of {}", Bytes(size));
         Ok((broker, served))
@@ -112,8 +112,7 @@ impl Source {
         option("--emulate", self.emulate.map(|size| size.to_string()));
         let offer = (!self.offer.is_empty()).then(|| list(&self.offer));
         option("--offer", offer);
-        let sharable = (self.sharable > 0).then(|| self.sharable.to_string());
-        option("--sharable", sharable);
+        option("--sharable", self.sharable.map(|size| size.to_string()));
         option("--device", self.device.map(|address| address.to_string()));
         option("--node", self.node.map(|memory| memory.to_string()));
         if let Some(path) = &self.dax {

@@ -551,10 +551,10 @@ impl Broker {
                 recall.waiting.remove(&message.id());
             }
             // What it moved is to come back when there is capacity.
-            if let Some(client) = self.clients.get_mut(&client) {
-                if outcome.moved() > 0 {
-                    client.wants_more();
-                }
+            if outcome.moved() > 0
+                && let Some(client) = self.clients.get_mut(&client)
+            {
+                client.wants_more();
             }
             recall.hear(&outcome);
             self.claim(&mut recall);

@@ -14,7 +14,8 @@ use crate::rig::{Rig, Setup, is_zero, total};
 fn an_operators_group_is_accepted_in_one_answer_and_usable() {
     let rig = Rig::new(&[]);
     let sizes = vec![4 * GRANULE, 8 * GRANULE, 2 * GRANULE];
-    let tag = Some(uuid::Uuid::from_u128(9));
+    let uuid = uuid::Uuid::from_u128(9);
+    let tag = Some(uuid);
     let reply = rig
         .ask(&AdminRequest::Add {
             sizes,
@@ -31,7 +32,7 @@ fn an_operators_group_is_accepted_in_one_answer_and_usable() {
     assert_eq!(status.device.counters.groups_answered, 1);
     assert_eq!(status.extents[0].tag, tag);
     let client = rig.client();
-    let (ranges, _) = client.lease_of(tag.unwrap().into(), 14);
+    let (ranges, _) = client.lease_of(uuid.into(), 14);
     assert_eq!(total(&ranges), 14 * GRANULE);
     assert!(is_zero(client.memory(), &ranges));
 }

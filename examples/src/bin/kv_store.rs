@@ -21,6 +21,7 @@ use allocator::{Config, DcMalloc, Placement};
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Parser;
 use dcmalloc::BrokerSource;
+use dcmalloc_examples::draw;
 use dcmalloc_examples::store::{Damaged, Store};
 
 #[global_allocator]
@@ -190,17 +191,14 @@ fn churn(store: &mut Tables, random: &mut Random, options: &Options) -> Result<u
 }
 
 fn report(what: &str, store: &Tables) {
-    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let usage = HEAP.stats().usage;
     let views = lock(&store.views);
-    let texts = views.texts.as_ref().map_or(0, Store::len);
     println!(
-        "{what}: {} records, {:.0} MiB of values; {texts} views, dropped {} times; heap {:.0} MiB on extents, {:.0} MiB in DRAM",
+        "{what}: {}; {} records, {} views, dropped {} times",
+        draw::tiers(usage.extent_live, usage.dram_live, usage.live_peak),
         store.records.len(),
-        mib(store.records.value_bytes() as u64),
-        views.dropped,
-        mib(usage.extent_live),
-        mib(usage.dram_live)
+        views.texts.as_ref().map_or(0, Store::len),
+        views.dropped
     );
 }
 

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstring>
-#include <functional>
 #include <map>
 #include <string>
 #include <thread>
@@ -215,16 +214,6 @@ void blocks_lie_on_extents()
     CHECK(dcm::number("stats.usage.extent_live") < before + 10 * MIB);
     bytes on_extents(10 * MIB, arena);
     CHECK(dcm::number("stats.usage.extent_live") >= before + 10 * MIB);
-}
-
-dcm_status refused(const std::function<void()> &call)
-{
-    try {
-        call();
-        return DCM_OK;
-    } catch (const dcm::error &error) {
-        return error.status();
-    }
 }
 
 void tagged_arenas_lie_on_their_tag()
