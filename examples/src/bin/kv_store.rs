@@ -7,6 +7,14 @@
 //! $ DCM_SOCKET=/tmp/dcm.sock cargo run --release --package dcmalloc-examples --bin kv_store
 //! ```
 //!
+//! It draws where its heap lies, here around a `dcm release 192M`:
+//!
+//! ```text
+//! changing: |##############################  | 127 MiB on extents,   0 MiB in DRAM
+//! changing: |##############...............   |  55 MiB on extents,  66 MiB in DRAM
+//! changing: |#############################   | 121 MiB on extents,   0 MiB in DRAM
+//! ```
+//!
 //! Without a broker it runs in DRAM, and says so.
 
 #![forbid(unsafe_code)]
