@@ -233,7 +233,9 @@ impl Service {
     /// The heap goes on with what it has. Who waits for extents may go on
     /// waiting: the source may be back in time.
     fn away(&self, heap: &Heap) {
-        Lot::all().for_each(|lot| drop(heap.supply().be_patient(lot)));
+        for lot in Lot::all() {
+            heap.supply().be_patient(lot);
+        }
         heap.space().set_exhausted(true);
         self.asked
             .iter()
@@ -243,7 +245,9 @@ impl Service {
 
     fn closed(&self, heap: &Heap) {
         self.running.store(false, Ordering::Release);
-        Lot::all().for_each(|lot| drop(heap.supply().be_patient(lot)));
+        for lot in Lot::all() {
+            heap.supply().be_patient(lot);
+        }
         heap.space().set_exhausted(true);
         heap.expect_none();
         heap.lent().raise();
