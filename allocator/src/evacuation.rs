@@ -106,6 +106,11 @@ impl Evacuator {
         self.spill.as_ref().map(|_| self.mover.bell())
     }
 
+    /// Whether extents in a range are mapped as they were.
+    pub(crate) fn are_unchanged(&self, extents: Range<usize>) -> bool {
+        self.mover.are_unchanged(extents)
+    }
+
     /// How long threads waited for granules.
     pub(crate) fn stalls(&self) -> StallHistogram {
         self.mover.stalls()
@@ -174,7 +179,7 @@ impl Evacuator {
     }
 
     /// Granules that may move before the process has too many mappings.
-    fn movable(&self) -> usize {
+    pub(crate) fn movable(&self) -> usize {
         self.mover.room_for_mappings().saturating_sub(MAPPINGS_LEFT) / MAPPINGS_EACH
     }
 

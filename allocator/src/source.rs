@@ -10,6 +10,7 @@
 pub use crate::outcome::{RecallOutcome, Refusal, Refusals, Refused};
 use crate::stats::Stats;
 use core::fmt;
+use core::ops::Range;
 use core::time::Duration;
 use std::os::fd::BorrowedFd;
 
@@ -83,6 +84,53 @@ impl Ranges {
     }
 }
 
+/// Neighbouring granules of the heap whose content is that of neighbours in
+/// the window. All in bytes, multiples of [`GRANULE`](crate::space::GRANULE).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SharedRun {
+    /// The address of the first.
+    pub addr: usize,
+    /// Where its content is, from the start of the window.
+    pub offset: u64,
+    /// Bytes.
+    pub len: usize,
+}
+
+impl SharedRun {
+    /// Its addresses.
+    pub fn range(&self) -> Range<usize> {
+        self.addr..self.addr + self.len
+    }
+}
+
+/// How many runs come at once.
+pub const RUNS_PER_EVENT: usize = 14;
+
+/// Runs inline, so that nothing needs the heap.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedRuns {
+    items: [SharedRun; RUNS_PER_EVENT],
+    len: usize,
+}
+
+impl SharedRuns {
+    /// The first [`RUNS_PER_EVENT`] of some runs.
+    pub fn new(runs: impl IntoIterator<Item = SharedRun>) -> Self {
+        let mut items = [SharedRun::default(); RUNS_PER_EVENT];
+        let mut len = 0;
+        for (item, run) in items.iter_mut().zip(runs) {
+            *item = run;
+            len += 1;
+        }
+        Self { items, len }
+    }
+
+    /// The runs.
+    pub fn as_slice(&self) -> &[SharedRun] {
+        &self.items[..self.len]
+    }
+}
+
 /// A lease asked back.
 #[derive(Clone, Copy, Debug)]
 pub struct Recall {
@@ -136,7 +184,7 @@ pub enum Event {
 
 /// A lender of extents.
 ///
-/// `request`, `give_back` and `answer` are called from one thread of the
+/// `request`, `give_back`, `answer` and what is about forks are called from one thread of the
 /// allocator, `next_event` from another. None of them may allocate from the
 /// heap that they serve, and none is called with a lock of the allocator held.
 pub trait ExtentSource: Sync {
@@ -172,6 +220,37 @@ pub trait ExtentSource: Sync {
 
     /// Says what came of a recall; ends it, unless `outcome.more`.
     fn answer(&self, id: u64, outcome: &RecallOutcome) -> bool;
+
+    /// Asks the source to serve this process's forks with a new userfaultfd:
+    /// to hear of every child and grandchild, and to give each a copy of what
+    /// it touches and was shared. `false`: it can't, and the heap is moved off
+    /// extents before each fork.
+    fn serve_forks(&self, _userfaultfd: BorrowedFd<'_>) -> bool {
+        false
+    }
+
+    /// A fork is near. `filled` hears of what [`ExtentSource::filled`] would
+    /// have said; nothing more until [`ExtentSource::fork_end`]. `false`:
+    /// forks are not served any more.
+    fn fork_begin(&self, _filled: &mut dyn FnMut(&SharedRuns)) -> bool {
+        false
+    }
+
+    /// What is covered by placeholders, and no lease from now on: `next` gives
+    /// the first run at an address or after it. Children may be made when this
+    /// returns. `false`: refused, all of it.
+    fn fork_share(&self, _next: &dyn Fn(usize) -> Option<SharedRun>) -> bool {
+        false
+    }
+
+    /// The child is made, or is not.
+    fn fork_end(&self) {}
+
+    /// Some of what was shared of which this process has its own copy now, in
+    /// DRAM. Does not wait.
+    fn filled(&self) -> Option<SharedRuns> {
+        None
+    }
 
     /// Waits for the next event.
     fn next_event(&self, timeout: Duration) -> Event;

@@ -10,19 +10,23 @@ use core::ffi::CStr;
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 
 use allocator::SpillState;
 use allocator::source::{
-    Event, ExtentSource, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome, Refusal, WindowRange,
+    Event, ExtentSource, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome, Refusal, SharedRun,
+    SharedRuns, WindowRange,
 };
 use allocator::space::keep_private;
 use allocator::stats::Stats;
-use dax_backend::broker::client::{ConnectError, Welcome};
+use dax_backend::broker::client::{ConnectError, ForkLine, SharedRuns as WireRuns, Welcome};
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
     DEGRADED_NO_RING, DEGRADED_NO_SPILL,
 };
-use dax_backend::broker::protocol::{RefusalReason, WindowRange as WireRange};
+use dax_backend::broker::protocol::{
+    RefusalReason, SharedRun as WireRun, WindowRange as WireRange,
+};
 use dax_backend::broker::{
     BrokerClient, ClientPageMapping, FromBroker, RecallOutcome as WireOutcome, StallTimes,
 };
@@ -38,6 +42,8 @@ pub struct BrokerSource {
     page: ClientPageMapping,
     window: (usize, usize),
     userfaultfd: Option<OwnedFd>,
+    /// Where the worker speaks around forks.
+    line: OnceLock<ForkLine>,
     /// The worker has a descriptor table of its own.
     apart: AtomicBool,
     rejoin: Rejoin,
@@ -80,6 +86,7 @@ impl BrokerSource {
             page,
             window,
             userfaultfd,
+            line: OnceLock::new(),
             apart: AtomicBool::new(false),
             rejoin,
         })
@@ -204,6 +211,51 @@ impl ExtentSource for BrokerSource {
             more: outcome.more,
         };
         self.client.answer_recall(id, &outcome).is_ok()
+    }
+
+    fn serve_forks(&self, userfaultfd: BorrowedFd<'_>) -> bool {
+        // In the program's table it could be closed, and its number reused.
+        if !self.apart.load(Ordering::Acquire) {
+            return false;
+        }
+        let line = self.client.serve_forks(userfaultfd);
+        line.is_ok_and(|line| self.line.set(line).is_ok())
+    }
+
+    fn fork_begin(&self, filled: &mut dyn FnMut(&SharedRuns)) -> bool {
+        let line = self.line.get();
+        line.is_some_and(|line| line.begin(&mut |runs| filled(&shared(runs))).is_ok())
+    }
+
+    fn fork_share(&self, next: &dyn Fn(usize) -> Option<SharedRun>) -> bool {
+        let next_wire = |from: u64| {
+            next(from as usize).map(|run| WireRun {
+                addr: run.addr as u64,
+                offset: run.offset,
+                len: run.len as u64,
+            })
+        };
+        let line = self.line.get();
+        if line.is_none_or(|line| line.share(&next_wire).is_err()) {
+            return false;
+        }
+        // Only now: a broker that comes next is told of what is still a lease.
+        let mut from = 0;
+        while let Some(run) = next_wire(from) {
+            self.rejoin.leases.remove(run.window());
+            from = run.addr + run.len;
+        }
+        true
+    }
+
+    fn fork_end(&self) {
+        if let Some(line) = self.line.get() {
+            let _ = line.end();
+        }
+    }
+
+    fn filled(&self) -> Option<SharedRuns> {
+        self.line.get()?.filled().map(|runs| shared(&runs))
     }
 
     fn next_event(&self, timeout: Duration) -> Event {
@@ -339,6 +391,14 @@ fn to_wire(ranges: &Ranges) -> [WireRange; RANGES_PER_EVENT] {
         };
     }
     wire
+}
+
+fn shared(wire: &WireRuns) -> SharedRuns {
+    SharedRuns::new(wire.as_slice().iter().map(|run| SharedRun {
+        addr: run.addr as usize,
+        offset: run.offset,
+        len: run.len as usize,
+    }))
 }
 
 fn from_wire(wire: &[WireRange]) -> Ranges {

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 
 use crate::evacuation::Evacuator;
 use crate::heap::Heap;
+use crate::sharing::Sharing;
 use crate::source::{ExtentSource, Ranges, Recall};
 use crate::stats::{Stalls, Stats};
 use crate::sync::{Lock, Signal};
@@ -61,6 +62,7 @@ pub(crate) struct Service {
     stalls: Lock<Stalls>,
     /// How far system calls were restricted when this child was made.
     sandbox: AtomicI32,
+    sharing: Sharing,
 }
 
 /// Values of [`Service::fork`].
@@ -90,6 +92,7 @@ impl Service {
             evacuator: Lock::new(None),
             stalls: Lock::new(Stalls::NONE),
             sandbox: AtomicI32::new(0),
+            sharing: Sharing::new(),
         }
     }
 
@@ -154,6 +157,7 @@ impl Service {
         for counter in self.recalled.iter().chain([&self.grants, &self.returned]) {
             counter.store(0, Ordering::Relaxed);
         }
+        self.sharing.forget();
         self.sandbox.store(sandbox(), Ordering::Relaxed);
     }
 

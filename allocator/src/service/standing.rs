@@ -1,5 +1,5 @@
-//! Standing still for a fork: everything live is moved off extents, and the
-//! worker waits until the child is made.
+//! Standing still for a fork: everything live on extents is shared or moved,
+//! and the worker waits until the child is made.
 #![forbid(unsafe_code)]
 
 use core::sync::atomic::Ordering;
@@ -7,6 +7,7 @@ use core::time::Duration;
 use std::time::Instant;
 
 use super::{RUNNING, STOP, STOPPED, Service, TICK_QUIET};
+use crate::config::ForkPolicy;
 use crate::heap::Heap;
 use crate::source::ExtentSource;
 
@@ -15,7 +16,7 @@ use crate::source::ExtentSource;
 const FORK_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Service {
-    /// Empties every extent of the heap into DRAM and holds the worker, so
+    /// Shares or moves what is live on extents and holds the worker, so
     /// that a child made now inherits all of the heap, and no granule in
     /// flight. Until [`Service::resume`] new granules are DRAM.
     pub(crate) fn stop(&self, heap: &Heap) {
@@ -48,9 +49,7 @@ impl Service {
         if self.fork.load(Ordering::Acquire) != STOP {
             return false;
         }
-        if let Some(evacuator) = self.evacuator.lock().as_mut() {
-            evacuator.clear(heap, source);
-        }
+        let shared = self.share_or_move(heap, source);
         let _ = self
             .fork
             .compare_exchange(STOP, STOPPED, Ordering::AcqRel, Ordering::Relaxed);
@@ -61,6 +60,22 @@ impl Service {
                 self.forking.wait(seen, TICK_QUIET);
             }
         }
+        if shared {
+            source.fork_end();
+        }
         true
+    }
+
+    /// Provides for a child. Returns whether the source is to hear of the end
+    /// of the fork.
+    fn share_or_move(&self, heap: &Heap, source: &dyn ExtentSource) -> bool {
+        let policy = heap.config().fork;
+        let mut evacuator = self.evacuator.lock();
+        let Some(evacuator) = evacuator.as_mut().filter(|_| policy != ForkPolicy::None) else {
+            return false;
+        };
+        let shared = policy == ForkPolicy::Lazy && self.sharing.share(heap, source, evacuator);
+        evacuator.clear(heap, source);
+        shared
     }
 }

@@ -143,6 +143,7 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
         }
         heap.space().tick();
         heap.decay_extents();
+        service.sharing.hear(heap, source);
         if let Some(evacuator) = service.evacuator.lock().as_mut() {
             evacuator.sweep(heap);
             if restraint == 0 && service.is_running() {

@@ -25,6 +25,9 @@ pub enum Backing {
     /// A file, and a placeholder on which every access waits until the content
     /// is back: always in flight.
     Spilled,
+    /// The extent at this offset (bytes) as it was when this process forked:
+    /// behind a placeholder that the source serves, and no lease.
+    Original(u64),
     /// An extent that a forked child does not have: inaccessible.
     Lost,
 }
@@ -123,6 +126,9 @@ pub(super) struct Granule {
     pub(super) pins: u16,
     /// Its content was lost while it was on the move, and it is to become this.
     pub(super) fate: Option<Fate>,
+    /// Inherited behind a placeholder: a page of it that is dropped reads as it
+    /// did at the fork, and not as zeroes.
+    pub(super) inherited: bool,
     /// When it became empty, in ticks of the service; for its return.
     pub(super) idle_since: u32,
 }
@@ -139,6 +145,7 @@ impl Granule {
         by_choice: false,
         pins: 0,
         fate: None,
+        inherited: false,
         idle_since: 0,
     };
 
@@ -158,6 +165,11 @@ impl Granule {
     /// Must not be given away or emptied now, whatever is live in it.
     pub(super) fn stays(&self) -> bool {
         self.in_flight || self.pins > 0
+    }
+
+    /// In DRAM, and not for want of extents.
+    pub(super) fn is_here_to_stay(&self) -> bool {
+        self.by_choice || self.inherited
     }
 
     /// The longest run of pages that can be handed out now.

@@ -23,6 +23,7 @@ mod pagemap;
 mod pinning;
 mod pool;
 pub mod rebind;
+mod sharing;
 mod spilled;
 mod table;
 
@@ -40,7 +41,7 @@ pub use pagemap::PageMap;
 pub use pinning::MAX_PINS;
 pub(crate) use pinning::{Pinned, TryPin};
 
-use crate::source::{Ranges, WindowRange};
+use crate::source::{Ranges, SharedRun, WindowRange};
 use crate::sync::Lock;
 use pool::wants;
 use table::State;
@@ -540,6 +541,7 @@ impl Space {
             index = run.end;
             state.disown(run);
         }
+        state.inherit_originals();
         let usage = &mut state.usage;
         *usage = Usage {
             dram_live: usage.dram_live,

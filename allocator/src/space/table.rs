@@ -435,7 +435,7 @@ impl State {
         let backing = granule.backing;
         let bytes = (pages * PAGE) as u64;
         match backing {
-            Backing::Extent(_) => self.usage.extent_live += bytes,
+            Backing::Extent(_) | Backing::Original(_) => self.usage.extent_live += bytes,
             _ => self.usage.dram_live += bytes,
         }
         if was_idle {

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
+    socketpair,
 };
 use thiserror::Error;
 
@@ -21,9 +22,9 @@ use super::client_page::ClientPageMapping;
 use super::outcome::RecallOutcome;
 use super::peer::Peer;
 use super::protocol::{
-    GRANT_EXHAUSTED, GRANT_LAST, GRANULE, HELD_LAST, Kind, MAX_RANGES, Message, RECALL_LOST,
-    RECALL_PAST_DEADLINE, RECALL_UNUSED, Ranges, RefusalReason, RefusedCode, Role,
-    WELCOME_USERFAULTFD, WindowRange,
+    FORK_LAST, GRANT_EXHAUSTED, GRANT_LAST, GRANULE, HELD_LAST, Kind, MAX_RANGES, MAX_RUNS,
+    Message, RECALL_LOST, RECALL_PAST_DEADLINE, RECALL_UNUSED, Ranges, RefusalReason, RefusedCode,
+    Role, SharedRun, WELCOME_USERFAULTFD, WindowRange,
 };
 use super::socket::{Descriptors, SocketError, readable, receive_message, send_message};
 
@@ -31,6 +32,8 @@ use super::socket::{Descriptors, SocketError, readable, receive_message, send_me
 /// message: it may be waiting for its device, which has 2 s for a command
 /// (CXL r3.1 8.2.8.4, mailbox command time-out).
 const PATIENCE: Duration = Duration::from_secs(4);
+/// As long may whoever serves forks be busy with copies.
+const LINE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why there is no connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -141,6 +144,112 @@ pub enum FromBroker {
     CapacityAvailable,
     /// The host is short of DRAM.
     DramShort,
+}
+
+/// Runs of one message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedRuns {
+    runs: [SharedRun; MAX_RUNS],
+    len: usize,
+}
+
+impl SharedRuns {
+    fn of(message: &Message) -> Self {
+        let mut runs = [SharedRun::default(); MAX_RUNS];
+        let shared = message.shared_runs();
+        let len = shared.len();
+        runs.iter_mut().zip(shared).for_each(|(to, run)| *to = run);
+        Self { runs, len }
+    }
+
+    /// The runs.
+    pub fn as_slice(&self) -> &[SharedRun] {
+        &self.runs[..self.len]
+    }
+}
+
+/// Where a client speaks around its forks; see [`Kind::ForkSetUp`].
+#[derive(Debug)]
+pub struct ForkLine {
+    client: BrokerClient,
+}
+
+impl ForkLine {
+    /// The socket.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.client.fd()
+    }
+
+    /// A fork is near. Until its end nothing is filled as far as this process
+    /// is told; `filled` hears of what was before.
+    ///
+    /// # Errors
+    /// Nobody serves forks any more.
+    pub fn begin(&self, filled: &mut dyn FnMut(&SharedRuns)) -> Result<(), ClientError> {
+        self.client.send(&Message::new(Kind::ForkBegin), &[])?;
+        self.answer(Some(LINE_PATIENCE), filled)
+    }
+
+    /// Shares all runs, which are covered by placeholders: `next` gives the
+    /// first at an address or after it. Waits as long as there is somebody to
+    /// answer, because until then nobody can say whose they are.
+    ///
+    /// # Errors
+    /// They are not shared.
+    pub fn share(&self, next: &dyn Fn(u64) -> Option<SharedRun>) -> Result<(), ClientError> {
+        let mut runs = [SharedRun::default(); MAX_RUNS];
+        let mut from = 0;
+        loop {
+            let mut count = 0;
+            while count < MAX_RUNS
+                && let Some(run) = next(from)
+            {
+                from = run.addr + run.len;
+                runs[count] = run;
+                count += 1;
+            }
+            let last = count < MAX_RUNS;
+            let message = Message::new(Kind::ForkShare)
+                .with_flags(if last { FORK_LAST } else { 0 })
+                .with_runs(&runs[..count]);
+            self.client.send(&message, &[])?;
+            if last {
+                return self.answer(None, &mut |_| ());
+            }
+        }
+    }
+
+    /// The fork is over.
+    ///
+    /// # Errors
+    /// Nobody serves forks any more.
+    pub fn end(&self) -> Result<(), ClientError> {
+        self.client.send(&Message::new(Kind::ForkEnd), &[])
+    }
+
+    /// What has been filled, one message of it; does not wait.
+    pub fn filled(&self) -> Option<SharedRuns> {
+        let none = &mut Descriptors::default();
+        let message = self.client.receive(Some(Duration::ZERO), none).ok()??;
+        (message.kind() == Some(Kind::ForkFilled)).then(|| SharedRuns::of(&message))
+    }
+
+    fn answer(
+        &self,
+        patience: Option<Duration>,
+        filled: &mut dyn FnMut(&SharedRuns),
+    ) -> Result<(), ClientError> {
+        loop {
+            let none = &mut Descriptors::default();
+            let message = self.client.receive(patience, none)?;
+            let message = message.ok_or(ClientError::Unexpected)?;
+            match message.kind() {
+                Some(Kind::ForkFilled) => filled(&SharedRuns::of(&message)),
+                Some(Kind::ForkAnswer) if message.arg(0) == 0 => return Ok(()),
+                _ => return Err(ClientError::Unexpected),
+            }
+        }
+    }
 }
 
 /// The connection. Sending is atomic per message, so threads may share it;
@@ -302,6 +411,21 @@ impl BrokerClient {
     pub fn answer_recall(&self, id: u64, outcome: &RecallOutcome) -> Result<(), ClientError> {
         let message = Message::new(Kind::RecallAnswer).with_id(id);
         self.send(&outcome.write(message), &[])
+    }
+
+    /// Has the broker serve this process's forks, with `userfaultfd`: a new
+    /// one, on which no `UFFDIO_API` was done.
+    pub fn serve_forks(&self, userfaultfd: BorrowedFd<'_>) -> Result<ForkLine, ClientError> {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let message = Message::new(Kind::ForkSetUp);
+        self.send(&message, &[userfaultfd, theirs.as_fd()])?;
+        drop(theirs);
+        let line = ForkLine {
+            client: Self { socket: ours },
+        };
+        line.answer(Some(LINE_PATIENCE), &mut |_| ())?;
+        Ok(line)
     }
 
     /// The next message; `None` when none came within `timeout` (`None`: no limit).

@@ -20,9 +20,11 @@ pub const GRANULE: u64 = 2 << 20;
 /// First four bytes of every message: `DCM1`, read as little-endian.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"DCM1");
 /// Version of this protocol; both ends must agree.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Ranges that fit into one message.
 pub const MAX_RANGES: usize = 28;
+/// Runs of shared granules that fit into one message: two ranges each.
+pub const MAX_RUNS: usize = MAX_RANGES / 2;
 
 /// [`Kind::Welcome`]: a third descriptor, `/dev/userfaultfd`, came along.
 pub const WELCOME_USERFAULTFD: u32 = 1 << 0;
@@ -38,6 +40,8 @@ pub const HELD_LAST: u32 = 1 << 0;
 pub const RECALL_LOST: u32 = 1 << 0;
 /// [`Kind::Recall`]: at the deadline the client answers and goes on.
 pub const RECALL_PAST_DEADLINE: u32 = 1 << 1;
+/// [`Kind::ForkShare`], [`Kind::ForkEvict`]: the list ends here.
+pub const FORK_LAST: u32 = 1 << 0;
 
 /// [`Kind::Recall`]: just what the client does not use, or what its program drops; nothing
 /// live is moved, and nothing refused. The broker keeps it, for others.
@@ -65,6 +69,25 @@ pub enum Kind {
     /// ranges: what a client that rejoins still has; the last message of the
     /// list, which may be empty, with [`HELD_LAST`].
     Held = 0x07,
+    /// Two descriptors: a new userfaultfd of the client, and a *line*, a socket
+    /// over which it speaks around forks, with the three kinds below. That is
+    /// answered (or closed: forks are not served).
+    ForkSetUp = 0x08,
+    /// A fork is near: until its end nothing is [`Kind::ForkFilled`]. Answered.
+    ForkBegin = 0x09,
+    /// ranges: runs, see [`Message::shared_runs`]. They are covered by
+    /// placeholders, and leases no more. The last message of the list, which
+    /// may be empty, has [`FORK_LAST`] and is answered. Then from server to
+    /// broker, with ranges of the window; each is answered.
+    ForkShare = 0x0A,
+    /// The child is made, or is not.
+    ForkEnd = 0x0B,
+    /// Server to broker; ranges: nobody needs these any more.
+    ForkFree = 0x0C,
+    /// Server to broker; id, arg0 bytes: a [`Kind::ForkEvict`] is done.
+    ForkEvicted = 0x0D,
+    /// Server to broker: the family is no more.
+    ForkEnded = 0x0E,
     /// arg0 window length, arg1 granule, arg2 client id, arg3 offset of the
     /// window in its file; ranges\[0\]: the DPA range it shows. Descriptors:
     /// window, client page, and `/dev/userfaultfd` if [`WELCOME_USERFAULTFD`].
@@ -80,6 +103,13 @@ pub enum Kind {
     /// The host is short of DRAM: what lies there for want of extents should
     /// move to extents, and what is only kept should go.
     DramShort = 0x86,
+    /// arg0 0 ok, 1 refused. On a line, and from broker to server.
+    ForkAnswer = 0x89,
+    /// runs: the client has copies of these, in DRAM. On a line.
+    ForkFilled = 0x8A,
+    /// Broker to server; id; ranges: everybody is to have copies of these. The
+    /// last message of the list has [`FORK_LAST`].
+    ForkEvict = 0x8B,
     /// arg0 0 ok, 1 error. One descriptor: a memfd with the JSON reply.
     AdminReply = 0x87,
     /// Before an [`Kind::AdminReply`] that takes time: arg0 bytes asked for,
@@ -97,6 +127,16 @@ impl Kind {
             0x05 => Self::AdminRequest,
             0x06 => Self::RecallRefused,
             0x07 => Self::Held,
+            0x08 => Self::ForkSetUp,
+            0x09 => Self::ForkBegin,
+            0x0A => Self::ForkShare,
+            0x0B => Self::ForkEnd,
+            0x0C => Self::ForkFree,
+            0x0D => Self::ForkEvicted,
+            0x0E => Self::ForkEnded,
+            0x89 => Self::ForkAnswer,
+            0x8A => Self::ForkFilled,
+            0x8B => Self::ForkEvict,
             0x81 => Self::Welcome,
             0x82 => Self::Refused,
             0x83 => Self::Grant,
@@ -137,6 +177,33 @@ impl WindowRange {
     /// First byte after the range; saturating, since a peer may send anything.
     pub fn end(&self) -> u64 {
         self.offset.saturating_add(self.len)
+    }
+}
+
+/// Neighbouring granules of a client's heap that show neighbouring granules of
+/// the window. All in bytes, multiples of [`GRANULE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SharedRun {
+    /// Address in the client.
+    pub addr: u64,
+    /// Offset into the window.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl SharedRun {
+    /// The part of the window that it shows.
+    pub fn window(&self) -> WindowRange {
+        WindowRange {
+            offset: self.offset,
+            len: self.len,
+        }
+    }
+
+    /// First byte of the window after it; saturating.
+    pub fn end(&self) -> u64 {
+        self.window().end()
     }
 }
 
@@ -245,6 +312,35 @@ impl Message {
     pub(super) fn numbers(&self) -> impl Iterator<Item = u64> {
         let pairs = self.ranges.iter();
         pairs.flat_map(|wire| [wire.offset.get(), wire.len.get()])
+    }
+
+    /// Sets the runs, each as two ranges; those beyond [`MAX_RUNS`] are left out.
+    pub fn with_runs(self, runs: &[SharedRun]) -> Self {
+        debug_assert!(runs.len() <= MAX_RUNS);
+        let mut ranges = [WindowRange::default(); MAX_RANGES];
+        let count = runs.len().min(MAX_RUNS) * 2;
+        for (pair, run) in ranges.chunks_exact_mut(2).zip(runs) {
+            pair[0] = WindowRange {
+                offset: run.addr,
+                len: run.len,
+            };
+            pair[1] = run.window();
+        }
+        self.with_ranges(&ranges[..count])
+    }
+
+    /// The runs: of each two ranges the first is addresses of the client, the
+    /// second as long a part of the window.
+    pub fn shared_runs(&self) -> impl ExactSizeIterator<Item = SharedRun> + Clone + use<> {
+        let ranges = self.ranges();
+        (0..ranges.as_slice().len() / 2).map(move |i| {
+            let pair = &ranges.as_slice()[2 * i..2 * i + 2];
+            SharedRun {
+                addr: pair[0].offset,
+                offset: pair[1].offset,
+                len: pair[0].len.min(pair[1].len),
+            }
+        })
     }
 
     /// Checks `bytes` and reads them.
@@ -406,7 +502,7 @@ mod tests {
             .with_flags(5)
             .with_ranges(&[WindowRange { offset: 3, len: 4 }]);
         let bytes = m.bytes();
-        assert_eq!(&bytes[..8], b"DCM1\x01\x00\x84\x00");
+        assert_eq!(&bytes[..8], b"DCM1\x02\x00\x84\x00");
         assert_eq!(bytes[8..10], [2, 1]);
         assert_eq!(bytes[24], 9);
         assert_eq!((bytes[48], bytes[52], bytes[56], bytes[64]), (1, 5, 3, 4));

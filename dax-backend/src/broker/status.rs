@@ -327,6 +327,9 @@ pub struct BrokerCounters {
     pub exhausted: u64,
     /// Recalls.
     pub recalls: u64,
+    /// Bytes of leases that forks made originals of.
+    #[serde(default)]
+    pub forked_bytes: u64,
     /// Bytes wiped.
     pub wiped_bytes: u64,
 }

@@ -185,6 +185,18 @@ impl Store {
         self.kept.remove(name)
     }
 
+    /// All that was kept under names that begin with `prefix`, with the rest of
+    /// the name.
+    pub fn take_all(&mut self, prefix: &str) -> Vec<(String, OwnedFd)> {
+        let names = self.kept.keys();
+        let names: Vec<String> = names.filter(|n| n.starts_with(prefix)).cloned().collect();
+        let take = |name: String| {
+            let fd = self.kept.remove(&name)?;
+            Some((name[prefix.len()..].to_owned(), fd))
+        };
+        names.into_iter().filter_map(take).collect()
+    }
+
     /// The connection to the keeper.
     pub fn keeper(&self) -> Option<&StoreSocket> {
         self.keeper.as_ref()

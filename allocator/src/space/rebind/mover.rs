@@ -316,6 +316,12 @@ impl Mover {
         Ok(())
     }
 
+    /// Whether extents in a range are mapped as they were, so that their
+    /// mapping may be replaced.
+    pub fn are_unchanged(&self, extents: Range<usize>) -> bool {
+        self.mappings.changed(extents, true) == Ok(None)
+    }
+
     /// Lets granules be moved without a placeholder, which loses what threads
     /// write meanwhile: for a test that its storm would notice.
     #[doc(hidden)]

@@ -1,0 +1,63 @@
+//! One end of a socket, and the messages that it has no room for yet.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::SendFlags;
+
+use crate::broker::protocol::Message;
+use crate::broker::socket::{SocketError, send_message};
+
+/// Sends in order, and never waits.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    socket: OwnedFd,
+    queue: VecDeque<Message>,
+}
+
+impl Outbox {
+    pub(super) fn new(socket: OwnedFd) -> Self {
+        let queue = VecDeque::new();
+        Self { socket, queue }
+    }
+
+    /// Sends `message`, now or as soon as there is room.
+    ///
+    /// # Errors
+    /// The other end is gone.
+    pub(super) fn send(&mut self, message: Message) -> Result<(), SocketError> {
+        self.queue.push_back(message);
+        self.flush()
+    }
+
+    /// Sends what there is room for.
+    ///
+    /// # Errors
+    /// The other end is gone.
+    pub(super) fn flush(&mut self) -> Result<(), SocketError> {
+        while let Some(message) = self.queue.front() {
+            match send_message(self.as_fd(), message, &[], SendFlags::DONTWAIT) {
+                Ok(()) => drop(self.queue.pop_front()),
+                Err(SocketError::System(Errno::AGAIN)) => return Ok(()),
+                Err(error) => {
+                    self.queue.clear();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it waits for room.
+    pub(super) fn is_blocked(&self) -> bool {
+        !self.queue.is_empty()
+    }
+}
+
+impl AsFd for Outbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
