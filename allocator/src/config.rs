@@ -81,10 +81,10 @@ pub const KEYS: &[Key] = &[
     ),
     key(
         "fork",
-        "eager | lazy | none",
-        "eager",
-        "how a child gets what is on extents: moved to DRAM before, copied by the broker when \
-         touched, or not at all",
+        "lazy | eager | none",
+        "lazy",
+        "how a child gets what is on extents: copied by the broker when touched (or else as \
+         eager), moved to DRAM before, or not at all",
     ),
     key(
         "decay",
@@ -179,7 +179,7 @@ impl Config {
         spill_limit: u64::MAX,
         io_dram: true,
         promote: 512 << 20,
-        fork: ForkPolicy::Eager,
+        fork: ForkPolicy::Lazy,
         decay_ms: 250,
         return_after_ms: 500,
         zero_lost: false,

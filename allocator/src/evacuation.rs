@@ -111,6 +111,17 @@ impl Evacuator {
         self.mover.are_unchanged(extents)
     }
 
+    /// The time, for [`Self::no_transfer`].
+    pub(crate) fn now(&self) -> u64 {
+        rebind::now()
+    }
+
+    /// Waits until no direct I/O uses the pages of a range any more that is
+    /// behind placeholders since `taken`. `false`: some still does, or may.
+    pub(crate) fn no_transfer(&self, range: &Range<usize>, taken: u64) -> bool {
+        self.mover.no_transfer(range, taken)
+    }
+
     /// How long threads waited for granules.
     pub(crate) fn stalls(&self) -> StallHistogram {
         self.mover.stalls()

@@ -103,6 +103,24 @@ impl SharedRun {
     }
 }
 
+/// What is heard of copies of what an ancestor left to a process.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "whoever hears it may not allocate, and looks at it at once"
+)]
+#[derive(Clone, Copy, Debug)]
+pub enum Inherited {
+    /// Nothing new.
+    Nothing,
+    /// It has copies of these, and they are ordinary memory.
+    Filled(SharedRuns),
+    /// Of everything.
+    All,
+}
+
+/// From so many ancestors may a process have something.
+pub const ANCESTORS: usize = 4;
+
 /// How many runs come at once.
 pub const RUNS_PER_EVENT: usize = 14;
 
@@ -225,8 +243,21 @@ pub trait ExtentSource: Sync {
     /// to hear of every child and grandchild, and to give each a copy of what
     /// it touches and was shared. `false`: it can't, and the heap is moved off
     /// extents before each fork.
-    fn serve_forks(&self, _userfaultfd: BorrowedFd<'_>) -> bool {
+    /// `mark` is the address of a page that is registered with it: to each
+    /// child it shows what names it, for [`ExtentSource::join_family`].
+    fn serve_forks(&self, _userfaultfd: BorrowedFd<'_>, _mark: usize) -> bool {
         false
+    }
+
+    /// Asks to hear when this process has copies of what ancestor `line` left
+    /// it, which knows it by `name`. `false`: nobody says so.
+    fn join_family(&self, _line: u8, _name: [u64; 2]) -> bool {
+        false
+    }
+
+    /// What there is to hear from there. Does not wait.
+    fn inherited(&self, _line: u8) -> Inherited {
+        Inherited::Nothing
     }
 
     /// A fork is near. `filled` hears of what [`ExtentSource::filled`] would
@@ -245,6 +276,16 @@ pub trait ExtentSource: Sync {
 
     /// The child is made, or is not.
     fn fork_end(&self) {}
+
+    /// Takes some of what was shared back, as leases, of which nobody else needs
+    /// the original: the caller puts it in place, and says so by
+    /// [`ExtentSource::fork_taken`]. `None`: there is nothing. `filled` as above.
+    fn fork_take(&self, _filled: &mut dyn FnMut(&SharedRuns)) -> Option<SharedRuns> {
+        None
+    }
+
+    /// What [`ExtentSource::fork_take`] gave is in place.
+    fn fork_taken(&self) {}
 
     /// Some of what was shared of which this process has its own copy now, in
     /// DRAM. Does not wait.

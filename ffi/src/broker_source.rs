@@ -14,12 +14,14 @@ use std::sync::OnceLock;
 
 use allocator::SpillState;
 use allocator::source::{
-    Event, ExtentSource, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome, Refusal, SharedRun,
-    SharedRuns, WindowRange,
+    ANCESTORS, Event, ExtentSource, Inherited, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome,
+    Refusal, SharedRun, SharedRuns, WindowRange,
 };
 use allocator::space::keep_private;
 use allocator::stats::Stats;
-use dax_backend::broker::client::{ConnectError, ForkLine, SharedRuns as WireRuns, Welcome};
+use dax_backend::broker::client::{
+    ConnectError, FamilyLine, ForkLine, Heard, SharedRuns as WireRuns, Welcome,
+};
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
     DEGRADED_NO_RING, DEGRADED_NO_SPILL,
@@ -44,6 +46,8 @@ pub struct BrokerSource {
     userfaultfd: Option<OwnedFd>,
     /// Where the worker speaks around forks.
     line: OnceLock<ForkLine>,
+    /// Where it hears of what it inherited.
+    ancestors: [OnceLock<FamilyLine>; ANCESTORS],
     /// The worker has a descriptor table of its own.
     apart: AtomicBool,
     rejoin: Rejoin,
@@ -87,6 +91,7 @@ impl BrokerSource {
             window,
             userfaultfd,
             line: OnceLock::new(),
+            ancestors: [const { OnceLock::new() }; ANCESTORS],
             apart: AtomicBool::new(false),
             rejoin,
         })
@@ -213,13 +218,29 @@ impl ExtentSource for BrokerSource {
         self.client.answer_recall(id, &outcome).is_ok()
     }
 
-    fn serve_forks(&self, userfaultfd: BorrowedFd<'_>) -> bool {
+    fn serve_forks(&self, userfaultfd: BorrowedFd<'_>, mark: usize) -> bool {
         // In the program's table it could be closed, and its number reused.
         if !self.apart.load(Ordering::Acquire) {
             return false;
         }
-        let line = self.client.serve_forks(userfaultfd);
+        let line = self.client.serve_forks(userfaultfd, mark as u64);
         line.is_ok_and(|line| self.line.set(line).is_ok())
+    }
+
+    fn join_family(&self, line: u8, name: [u64; 2]) -> bool {
+        let slot = self.ancestors.get(usize::from(line));
+        let joined = self.client.join_family(name);
+        slot.is_some_and(|slot| joined.is_ok_and(|joined| slot.set(joined).is_ok()))
+    }
+
+    fn inherited(&self, line: u8) -> Inherited {
+        let slot = self.ancestors.get(usize::from(line));
+        let heard = slot.and_then(OnceLock::get).map(FamilyLine::heard);
+        match heard {
+            None | Some(Heard::Nothing) => Inherited::Nothing,
+            Some(Heard::Filled(runs)) => Inherited::Filled(shared(&runs)),
+            Some(Heard::All) => Inherited::All,
+        }
     }
 
     fn fork_begin(&self, filled: &mut dyn FnMut(&SharedRuns)) -> bool {
@@ -251,6 +272,29 @@ impl ExtentSource for BrokerSource {
     fn fork_end(&self) {
         if let Some(line) = self.line.get() {
             let _ = line.end();
+        }
+    }
+
+    fn fork_take(&self, filled: &mut dyn FnMut(&SharedRuns)) -> Option<SharedRuns> {
+        let line = self.line.get()?;
+        let filled = &mut |runs: &WireRuns| filled(&shared(runs));
+        let offered = line.offered(filled).ok()?;
+        // First: a broker that comes next may have booked it already.
+        for run in offered.as_slice() {
+            self.rejoin.leases.add(run.window());
+        }
+        if line.take(&offered, filled).is_err() {
+            for run in offered.as_slice() {
+                self.rejoin.leases.remove(run.window());
+            }
+            return None;
+        }
+        Some(shared(&offered)).filter(|runs| !runs.as_slice().is_empty())
+    }
+
+    fn fork_taken(&self) {
+        if let Some(line) = self.line.get() {
+            let _ = line.taken();
         }
     }
 

@@ -125,8 +125,9 @@ impl Service {
         self.running.load(Ordering::Acquire)
     }
 
-    /// In a child: there are no threads, and the source is the parent's.
-    pub(crate) fn forget(&self) {
+    /// In a child, or without threads: there are none, and the source is not
+    /// this process's. Returns which ancestor left what is behind placeholders.
+    pub(crate) fn forget(&self) -> u8 {
         for flag in [
             &self.running,
             &self.alive,
@@ -157,8 +158,8 @@ impl Service {
         for counter in self.recalled.iter().chain([&self.grants, &self.returned]) {
             counter.store(0, Ordering::Relaxed);
         }
-        self.sharing.forget();
         self.sandbox.store(sandbox(), Ordering::Relaxed);
+        self.sharing.forget()
     }
 
     /// In a child that needs an extent for the first time: starts a worker,

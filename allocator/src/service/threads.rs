@@ -82,6 +82,7 @@ pub(super) extern "C" fn newborn(heap: *mut c_void) -> *mut c_void {
         service.running.store(true, Ordering::Release);
         service.alive.store(true, Ordering::Release);
     }
+    service.sharing.join(heap, source);
     // Where they can't be told of losses, nothing becomes zeroes.
     let _ = callbacks().start_again();
     if spawn(listener, heap).is_err() || (spills && spawn(restorer, heap).is_err()) {
@@ -103,7 +104,10 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
     let mut ticks = 0u32;
     loop {
         let seen = heap.wanted().read();
-        if service.stand_still(heap, source) || service.trimmed(heap, source) {
+        if let Some(ticks) = service.stand_still(heap, source) {
+            restraint = restraint.max(ticks);
+        }
+        if service.trimmed(heap, source) {
             restraint = RESTRAINT;
         }
         if service.plenty.swap(false, Ordering::AcqRel) {

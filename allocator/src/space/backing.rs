@@ -166,9 +166,9 @@ impl State {
         let (backing, stays, empty) = (granule.backing, granule.stays(), granule.live.is_empty());
         let bytes = (pages * PAGE) as u64;
         match backing {
-            Backing::Original(_) => {
-                self.usage.extent_live = self.usage.extent_live.saturating_sub(bytes);
-            }
+            // What is dropped would come back as it was at the fork.
+            Backing::Original(_) => self.usage.extent_live -= bytes,
+            Backing::Inherited(_) => self.usage.inherited -= bytes,
             Backing::Extent(_) => {
                 granule.idle_since = tick;
                 // In a child that lost its extents they count for nothing.
@@ -181,8 +181,7 @@ impl State {
                 // SAFETY: the engine gave these pages back; nobody else may
                 // read them, and they are neither on the move nor pinned.
                 let drop = || unsafe { map::drop_pages(at + start * PAGE, pages * PAGE) };
-                let dropped = !granule.inherited && !stays && !empty && drop().is_ok();
-                if dropped {
+                if !stays && !empty && drop().is_ok() {
                     granule.dirty.remove(start, pages);
                 }
                 self.usage.dram_live -= bytes;

@@ -13,6 +13,9 @@ pub const PAGE: usize = 4096;
 /// Pages of a granule.
 pub const PAGES_PER_GRANULE: usize = GRANULE / PAGE;
 
+/// See [`Backing::Inherited`].
+pub const NO_LINE: u8 = u8::MAX;
+
 /// What is behind a granule's addresses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Backing {
@@ -28,6 +31,9 @@ pub enum Backing {
     /// The extent at this offset (bytes) as it was when this process forked:
     /// behind a placeholder that the source serves, and no lease.
     Original(u64),
+    /// As `Original`, of an ancestor that forked: its number among those that
+    /// left some, or [`NO_LINE`] if nobody says when this process has its copy.
+    Inherited(u8),
     /// An extent that a forked child does not have: inaccessible.
     Lost,
 }
@@ -126,9 +132,6 @@ pub(super) struct Granule {
     pub(super) pins: u16,
     /// Its content was lost while it was on the move, and it is to become this.
     pub(super) fate: Option<Fate>,
-    /// Inherited behind a placeholder: a page of it that is dropped reads as it
-    /// did at the fork, and not as zeroes.
-    pub(super) inherited: bool,
     /// When it became empty, in ticks of the service; for its return.
     pub(super) idle_since: u32,
 }
@@ -145,7 +148,6 @@ impl Granule {
         by_choice: false,
         pins: 0,
         fate: None,
-        inherited: false,
         idle_since: 0,
     };
 
@@ -165,11 +167,6 @@ impl Granule {
     /// Must not be given away or emptied now, whatever is live in it.
     pub(super) fn stays(&self) -> bool {
         self.in_flight || self.pins > 0
-    }
-
-    /// In DRAM, and not for want of extents.
-    pub(super) fn is_here_to_stay(&self) -> bool {
-        self.by_choice || self.inherited
     }
 
     /// The longest run of pages that can be handed out now.

@@ -32,7 +32,7 @@ use core::sync::atomic::{
 };
 use rustix::io::Errno;
 
-pub use granule::{Backing, Domain, GRANULE, Owner, PAGE, PAGES_PER_GRANULE, Tier};
+pub use granule::{Backing, Domain, GRANULE, NO_LINE, Owner, PAGE, PAGES_PER_GRANULE, Tier};
 pub(crate) use losing::Fate;
 pub use map::keep_private;
 pub(crate) use map::table as map_table;
@@ -71,13 +71,16 @@ pub struct Usage {
     pub dram_held: u64,
     /// Of `extent_held`: leased and unused, mapped or not.
     pub idle: u64,
+    /// In use by the engine, on extents of an ancestor that forked: copied to
+    /// DRAM when it is touched.
+    pub inherited: u64,
     /// In use by the engine, in the file.
     pub spilled: u64,
     /// Granules of which the content is in the file.
     pub spilled_held: u64,
-    /// The most that `extent_live + dram_live` ever was.
+    /// The most that all in use by the engine ever was.
     pub live_peak: u64,
-    /// What `extent_live` was at that moment.
+    /// What `extent_live + inherited` was at that moment.
     pub extent_live_at_peak: u64,
     /// The most that `extent_live` ever was.
     pub extent_live_peak: u64,
@@ -97,6 +100,7 @@ impl Usage {
         extent_held: 0,
         dram_held: 0,
         idle: 0,
+        inherited: 0,
         spilled: 0,
         spilled_held: 0,
         live_peak: 0,
@@ -109,10 +113,11 @@ impl Usage {
 
     /// Remembers the highest water.
     fn note_peaks(&mut self) {
-        let live = self.extent_live + self.dram_live + self.spilled;
+        let on_extents = self.extent_live + self.inherited;
+        let live = on_extents + self.dram_live + self.spilled;
         if live > self.live_peak {
             self.live_peak = live;
-            self.extent_live_at_peak = self.extent_live;
+            self.extent_live_at_peak = on_extents;
         }
         self.extent_live_peak = self.extent_live_peak.max(self.extent_live);
         self.dram_live_peak = self.dram_live_peak.max(self.dram_live);
@@ -531,7 +536,9 @@ impl Space {
     /// emptied, and granules on extents are not this process's any more. No
     /// mapping was inherited there, and none may come to lie there by chance:
     /// what was live is inaccessible from now on.
-    pub fn disown_extents(&self) {
+    ///
+    /// What it inherits behind placeholders is of ancestor `line`.
+    pub fn disown_extents(&self, line: u8) {
         let mut state = self.state.lock();
         while state.pool.take().is_some() {}
         self.unpin_all(&mut state);
@@ -541,9 +548,10 @@ impl Space {
             index = run.end;
             state.disown(run);
         }
-        state.inherit_originals();
+        let inherited = state.inherit_originals(line);
         let usage = &mut state.usage;
         *usage = Usage {
+            inherited,
             dram_live: usage.dram_live,
             dram_held: usage.dram_held,
             ..Usage::NEW

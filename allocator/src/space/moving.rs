@@ -152,8 +152,7 @@ impl Space {
                 let granule = state.granule(index);
                 granule.tier == Tier::Extent
                     && granule.backing == Backing::Dram
-                    && !(granule.stays() || granule.refused.is_some())
-                    && !granule.is_here_to_stay()
+                    && !(granule.stays() || granule.refused.is_some() || granule.by_choice)
             }
         };
         let first = (0..state.high).find(|&index| may(&state, index))?;
@@ -176,7 +175,7 @@ impl Space {
             granule.backing == Backing::Spilled
                 || granule.tier == Tier::Extent
                     && granule.backing == Backing::Dram
-                    && !(granule.is_here_to_stay() || granule.refused.is_some() || granule.stays())
+                    && !(granule.by_choice || granule.refused.is_some() || granule.stays())
         };
         (0..state.high).filter(displaced).count()
     }
@@ -345,7 +344,7 @@ impl State {
                 usage.spilled -= live;
                 usage.spilled_held -= GRANULE as u64;
             }
-            Backing::None | Backing::Original(_) | Backing::Lost => {}
+            Backing::None | Backing::Original(_) | Backing::Inherited(_) | Backing::Lost => {}
         }
     }
 
@@ -363,7 +362,7 @@ impl State {
                 // What was freed while it was written.
                 self.spilled_freed = true;
             }
-            Backing::None | Backing::Original(_) | Backing::Lost => {}
+            Backing::None | Backing::Original(_) | Backing::Inherited(_) | Backing::Lost => {}
         }
     }
 
@@ -386,7 +385,6 @@ impl State {
             // SAFETY: nothing of it is live.
             Backing::Dram if unsafe { map::unback(at, GRANULE) }.is_ok() => {
                 self.granule_mut(index).backing = Backing::None;
-                self.granule_mut(index).inherited = false;
                 self.usage.dram_held -= GRANULE as u64;
             }
             _ => {}

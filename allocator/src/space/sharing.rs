@@ -4,7 +4,9 @@
 //! ```text
 //!  Extent ──pick_sharing, end_covering──► Original ──filled──► Dram
 //!     ▲                                      │
-//!     └─────────uncovered: not shared────────┘
+//!     └──uncovered: not shared, or no more───┘
+//!
+//!  in a child:                   Original ──► Inherited ──filled──► Dram
 //! ```
 #![forbid(unsafe_code)]
 
@@ -37,6 +39,23 @@ impl Space {
             end += 1;
         }
         Some(state.addr(first)..state.addr(end))
+    }
+
+    /// The first neighbours in the window of a run that is to be covered, from
+    /// address `from` on.
+    pub fn neighbours(&self, from: usize, end: usize) -> Option<Range<usize>> {
+        let state = self.state.lock();
+        let extent = |index: usize| match state.granule(index).backing {
+            Backing::Extent(offset) => Some(offset),
+            _ => None,
+        };
+        let all = state.indices(&(from..end));
+        let first = all.clone().find(|&index| extent(index).is_some())?;
+        let offset = extent(first)?;
+        let follows =
+            |&index: &usize| extent(index) == Some(offset + ((index - first) * GRANULE) as u64);
+        let count = (first..all.end).take_while(follows).count();
+        Some(state.addr(first)..state.addr(first + count))
     }
 
     /// Whether a run is covered now. It stays in flight until
@@ -91,6 +110,13 @@ impl Space {
         }
     }
 
+    /// Whether anything of this process is behind a placeholder of a fork.
+    pub fn has_originals(&self) -> bool {
+        let state = self.state.lock();
+        let original = |index| matches!(state.granule(index).backing, Backing::Original(_));
+        (0..state.high).any(original)
+    }
+
     /// What was covered is as it was before.
     pub fn uncovered(&self, run: &SharedRun) {
         let mut state = self.state.lock();
@@ -106,18 +132,17 @@ impl Space {
     pub fn filled(&self, run: &SharedRun) {
         let mut state = self.state.lock();
         for index in state.indices(&run.range()) {
-            if !matches!(state.granule(index).backing, Backing::Original(_)) {
-                continue;
+            state.filled(index);
+        }
+    }
+
+    /// This process has its own copies of all that an ancestor left it.
+    pub fn filled_all(&self, line: u8) {
+        let mut state = self.state.lock();
+        for index in 0..state.high {
+            if state.granule(index).backing == Backing::Inherited(line) {
+                state.filled(index);
             }
-            let granule = state.granule_mut(index);
-            granule.backing = Backing::Dram;
-            let live = u64::from(granule.live.count()) * PAGE as u64;
-            state.usage.extent_live -= live;
-            state.usage.extent_held -= GRANULE as u64;
-            state.usage.dram_live += live;
-            state.usage.dram_held += GRANULE as u64;
-            state.usage.note_peaks();
-            state.landed(index);
         }
     }
 
@@ -147,18 +172,38 @@ impl State {
         self.set_gap(index);
     }
 
-    /// In a child: what its parent shared is its own, and comes when touched.
-    pub(super) fn inherit_originals(&mut self) {
+    fn filled(&mut self, index: usize) {
+        let granule = self.granule_mut(index);
+        let live = u64::from(granule.live.count()) * PAGE as u64;
+        match granule.backing {
+            Backing::Original(_) => {
+                self.usage.extent_live -= live;
+                self.usage.extent_held -= GRANULE as u64;
+            }
+            Backing::Inherited(_) => self.usage.inherited -= live,
+            _ => return,
+        }
+        self.granule_mut(index).backing = Backing::Dram;
+        self.count_in(Backing::Dram, live);
+        self.usage.note_peaks();
+        self.landed(index);
+    }
+
+    /// In a child: what its parent shared comes when it is touched. Returns
+    /// the bytes that are live there.
+    pub(super) fn inherit_originals(&mut self, line: u8) -> u64 {
+        let mut live = 0;
         for index in 0..self.high {
             let granule = self.granule_mut(index);
             if matches!(granule.backing, Backing::Original(_)) {
-                granule.backing = Backing::Dram;
-                granule.inherited = true;
-                let live = u64::from(granule.live.count()) * PAGE as u64;
-                self.usage.dram_live += live;
-                self.usage.dram_held += GRANULE as u64;
+                granule.backing = Backing::Inherited(line);
                 self.landed(index);
             }
+            let granule = self.granule(index);
+            if matches!(granule.backing, Backing::Inherited(_)) {
+                live += u64::from(granule.live.count()) * PAGE as u64;
+            }
         }
+        live
     }
 }

@@ -227,6 +227,42 @@ impl ForkLine {
         self.client.send(&Message::new(Kind::ForkEnd), &[])
     }
 
+    /// Some of what was shared that nobody else needs; may be none.
+    ///
+    /// # Errors
+    /// Nobody serves forks any more.
+    pub fn offered(&self, filled: &mut dyn FnMut(&SharedRuns)) -> Result<SharedRuns, ClientError> {
+        self.client.send(&Message::new(Kind::ForkTake), &[])?;
+        self.answered(Some(LINE_PATIENCE), filled)
+    }
+
+    /// Takes what was [`offered`](Self::offered) back as leases. Who touches it
+    /// waits until [`Self::taken`].
+    ///
+    /// # Errors
+    /// Not now: somebody needs it, or it is being asked back.
+    pub fn take(
+        &self,
+        runs: &SharedRuns,
+        filled: &mut dyn FnMut(&SharedRuns),
+    ) -> Result<(), ClientError> {
+        if runs.len == 0 {
+            return Ok(());
+        }
+        let message = Message::new(Kind::ForkTake).with_runs(runs.as_slice());
+        self.client.send(&message, &[])?;
+        // Without limit: until it is answered nobody can say whose it is.
+        self.answer(None, filled)
+    }
+
+    /// What was taken is in place.
+    ///
+    /// # Errors
+    /// Nobody serves forks any more.
+    pub fn taken(&self) -> Result<(), ClientError> {
+        self.client.send(&Message::new(Kind::ForkTaken), &[])
+    }
+
     /// What has been filled, one message of it; does not wait.
     pub fn filled(&self) -> Option<SharedRuns> {
         let none = &mut Descriptors::default();
@@ -239,15 +275,62 @@ impl ForkLine {
         patience: Option<Duration>,
         filled: &mut dyn FnMut(&SharedRuns),
     ) -> Result<(), ClientError> {
+        self.answered(patience, filled).map(drop)
+    }
+
+    fn answered(
+        &self,
+        patience: Option<Duration>,
+        filled: &mut dyn FnMut(&SharedRuns),
+    ) -> Result<SharedRuns, ClientError> {
         loop {
             let none = &mut Descriptors::default();
             let message = self.client.receive(patience, none)?;
             let message = message.ok_or(ClientError::Unexpected)?;
             match message.kind() {
                 Some(Kind::ForkFilled) => filled(&SharedRuns::of(&message)),
-                Some(Kind::ForkAnswer) if message.arg(0) == 0 => return Ok(()),
+                Some(Kind::ForkAnswer) if message.arg(0) == 0 => {
+                    return Ok(SharedRuns::of(&message));
+                }
                 _ => return Err(ClientError::Unexpected),
             }
+        }
+    }
+}
+
+/// What a descendant hears of what it inherited.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "whoever hears it may not allocate, and looks at it at once"
+)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard {
+    /// Nothing new.
+    Nothing,
+    /// It has copies of these in DRAM, and nobody waits on them any more.
+    Filled(SharedRuns),
+    /// Of everything.
+    All,
+}
+
+/// Where a descendant hears of what it inherited; see [`Kind::ForkJoin`].
+#[derive(Debug)]
+pub struct FamilyLine {
+    client: BrokerClient,
+}
+
+impl FamilyLine {
+    /// What there is to hear; does not wait.
+    pub fn heard(&self) -> Heard {
+        let none = &mut Descriptors::default();
+        let message = self.client.receive(Some(Duration::ZERO), none);
+        match message.ok().flatten() {
+            Some(message) => match message.kind() {
+                Some(Kind::ForkFilled) => Heard::Filled(SharedRuns::of(&message)),
+                Some(Kind::ForkEnded) => Heard::All,
+                _ => Heard::Nothing,
+            },
+            None => Heard::Nothing,
         }
     }
 }
@@ -413,12 +496,29 @@ impl BrokerClient {
         self.send(&outcome.write(message), &[])
     }
 
-    /// Has the broker serve this process's forks, with `userfaultfd`: a new
-    /// one, on which no `UFFDIO_API` was done.
-    pub fn serve_forks(&self, userfaultfd: BorrowedFd<'_>) -> Result<ForkLine, ClientError> {
+    /// Hears of what this process inherited from an ancestor that forked, which
+    /// shows it `name`.
+    pub fn join_family(&self, name: [u64; 2]) -> Result<FamilyLine, ClientError> {
         let flags = SocketFlags::CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        let message = Message::new(Kind::ForkSetUp);
+        let message = Message::new(Kind::ForkJoin)
+            .with_arg(0, name[0])
+            .with_arg(1, name[1]);
+        self.send(&message, &[theirs.as_fd()])?;
+        let client = Self { socket: ours };
+        Ok(FamilyLine { client })
+    }
+
+    /// Has the broker serve this process's forks, with `userfaultfd`: a new
+    /// one, on which no `UFFDIO_API` was done. `mark`: see [`Kind::ForkSetUp`].
+    pub fn serve_forks(
+        &self,
+        userfaultfd: BorrowedFd<'_>,
+        mark: u64,
+    ) -> Result<ForkLine, ClientError> {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let message = Message::new(Kind::ForkSetUp).with_arg(0, mark);
         self.send(&message, &[userfaultfd, theirs.as_fd()])?;
         drop(theirs);
         let line = ForkLine {

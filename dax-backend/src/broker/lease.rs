@@ -315,6 +315,12 @@ impl LeaseTable {
         bytes
     }
 
+    /// Bytes leased to families.
+    pub(super) fn shared(&self) -> u64 {
+        let shared = |slot: &&Slot| matches!(slot, Slot::Leased(client) if client.is_family());
+        self.slots.iter().filter(shared).count() as u64 * GRANULE
+    }
+
     /// Who holds anything.
     pub(super) fn holders(&self) -> BTreeSet<ClientId> {
         let holder = |slot: &Slot| match slot {

@@ -64,7 +64,7 @@ mod warmer;
 
 pub use client::{BrokerClient, ClientError, ConnectError, FromBroker, Welcome};
 pub use client_page::{ClientPage, ClientPageMapping, ClientStats};
-pub use fork::{ForkFamily, ServeFamily};
+pub use fork::{ForkFamily, ServeFamily, guard};
 pub use listener::{ListenError, Listener};
 pub use outcome::{RecallOutcome, StallTimes};
 pub use policy::{CapacityPolicy, PolicyError};

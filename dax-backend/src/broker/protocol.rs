@@ -70,8 +70,9 @@ pub enum Kind {
     /// list, which may be empty, with [`HELD_LAST`].
     Held = 0x07,
     /// Two descriptors: a new userfaultfd of the client, and a *line*, a socket
-    /// over which it speaks around forks, with the three kinds below. That is
-    /// answered (or closed: forks are not served).
+    /// over which it speaks around forks, with the kinds below. That is
+    /// answered (or closed: forks are not served). arg0: the address of a page,
+    /// which shows to each descendant the two words of its [`Kind::ForkJoin`].
     ForkSetUp = 0x08,
     /// A fork is near: until its end nothing is [`Kind::ForkFilled`]. Answered.
     ForkBegin = 0x09,
@@ -86,8 +87,19 @@ pub enum Kind {
     ForkFree = 0x0C,
     /// Server to broker; id, arg0 bytes: a [`Kind::ForkEvict`] is done.
     ForkEvicted = 0x0D,
-    /// Server to broker: the family is no more.
+    /// Server to broker: the family is no more. To a descendant: it has copies
+    /// of all that it inherited.
     ForkEnded = 0x0E,
+    /// On a line; runs that were shared, which the client wants back as leases
+    /// of its own. Answered: not 0 if somebody else needs them still. Then from
+    /// server to broker, with ranges of the window; answered, too.
+    ForkTake = 0x0F,
+    /// On a line, after [`Kind::ForkTake`]: the client has them in place.
+    ForkTaken = 0x10,
+    /// arg0, arg1: what names a descendant of a client that forked. One
+    /// descriptor: a line on which it hears [`Kind::ForkFilled`], and at last
+    /// [`Kind::ForkEnded`]. Handed on to the server.
+    ForkJoin = 0x11,
     /// arg0 window length, arg1 granule, arg2 client id, arg3 offset of the
     /// window in its file; ranges\[0\]: the DPA range it shows. Descriptors:
     /// window, client page, and `/dev/userfaultfd` if [`WELCOME_USERFAULTFD`].
@@ -110,6 +122,8 @@ pub enum Kind {
     /// Broker to server; id; ranges: everybody is to have copies of these. The
     /// last message of the list has [`FORK_LAST`].
     ForkEvict = 0x8B,
+    /// Broker to server; ranges: the device has taken these by force.
+    ForkLost = 0x8C,
     /// arg0 0 ok, 1 error. One descriptor: a memfd with the JSON reply.
     AdminReply = 0x87,
     /// Before an [`Kind::AdminReply`] that takes time: arg0 bytes asked for,
@@ -134,9 +148,13 @@ impl Kind {
             0x0C => Self::ForkFree,
             0x0D => Self::ForkEvicted,
             0x0E => Self::ForkEnded,
+            0x0F => Self::ForkTake,
+            0x10 => Self::ForkTaken,
+            0x11 => Self::ForkJoin,
             0x89 => Self::ForkAnswer,
             0x8A => Self::ForkFilled,
             0x8B => Self::ForkEvict,
+            0x8C => Self::ForkLost,
             0x81 => Self::Welcome,
             0x82 => Self::Refused,
             0x83 => Self::Grant,

@@ -218,6 +218,7 @@ impl Broker {
         let leased = bytes(counts.leased);
         let whole: usize = self.table.extents.iter().map(|extent| extent.count).sum();
         Capacity {
+            shared: self.table.shared(),
             accepted,
             leased,
             free,

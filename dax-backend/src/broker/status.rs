@@ -76,6 +76,9 @@ pub struct Capacity {
     pub accepted: u64,
     /// Leased to processes.
     pub leased: u64,
+    /// Part of it: as it was when a process forked, for parent and children.
+    #[serde(default)]
+    pub shared: u64,
     /// Free; the three below are part of it.
     pub free: u64,
     /// Free, waiting to be wiped.

@@ -322,6 +322,12 @@ impl Mover {
         self.mappings.changed(extents, true) == Ok(None)
     }
 
+    /// Waits until no direct I/O has pages of a range that is behind
+    /// placeholders since `taken` (CLOCK_MONOTONIC, ns). `false`: some has, or may.
+    pub fn no_transfer(&self, range: &Range<usize>, taken: u64) -> bool {
+        self.transfers.end(range, taken, &self.monitor.waiters)
+    }
+
     /// Lets granules be moved without a placeholder, which loses what threads
     /// write meanwhile: for a test that its storm would notice.
     #[doc(hidden)]

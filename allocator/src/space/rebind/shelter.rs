@@ -5,7 +5,7 @@
 use super::placeholder::is_empty;
 use super::staging::{advise, allow_access, map_nothing, unmap};
 use super::uffd::{Uffd, UffdError};
-use super::{GRANULE, RUN};
+use super::{GRANULE, PAGE, RUN};
 use core::ffi::c_void;
 use core::mem::ManuallyDrop;
 use core::ops::Range;
@@ -42,6 +42,11 @@ impl Shelter {
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let uffd = ManuallyDrop::new(Uffd::from_fd(fd));
         Self { uffd }
+    }
+
+    /// Closes it: what is behind placeholders is zeroes from now on.
+    pub fn close(self) {
+        drop(ManuallyDrop::into_inner(self.uffd));
     }
 
     /// Its number.
@@ -87,6 +92,31 @@ impl Shelter {
         result
     }
 
+    /// Moves the pages of granules on extents out of the way, to where nobody
+    /// looks for them, so that [`Self::cover`] need not unmap each: the kernel
+    /// moves their page tables whole. Who touches one maps its page anew.
+    /// Returns what to unmap once there is time.
+    ///
+    /// # Errors
+    /// The kernel's, also where they are more than one mapping; nothing was
+    /// changed then.
+    ///
+    /// # Safety
+    /// The granules are the caller's, and one shared mapping.
+    pub unsafe fn set_aside(at: Range<usize>) -> Result<Aside, Errno> {
+        let (aside, len) = (reserve(at.len())?, at.len());
+        let flags = MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP;
+        let (from, to) = (at.start as *mut c_void, aside as *mut c_void);
+        // SAFETY: the source is the caller's, and stays mapped; the target ours.
+        match unsafe { mremap_fixed(from, len, len, flags, to) } {
+            Ok(_) => Ok(Aside { at: aside, len }),
+            Err(errno) => {
+                unmap(aside, len);
+                Err(errno)
+            }
+        }
+    }
+
     /// Puts extents back in place of a placeholder, and wakes who waits.
     ///
     /// # Errors
@@ -116,6 +146,74 @@ impl Shelter {
     pub fn release(&self, at: Range<usize>) {
         // Fails where nothing is registered: then it is done already.
         let _ = self.uffd.unregister(at.start, at.len());
+    }
+}
+
+/// Pages that were moved out of the way; see [`Shelter::set_aside`].
+#[derive(Debug)]
+pub struct Aside {
+    at: usize,
+    len: usize,
+}
+
+impl Drop for Aside {
+    /// In pieces, because others wait for the mappings meanwhile.
+    fn drop(&mut self) {
+        for part in (self.at..self.at + self.len).step_by(RUN * GRANULE) {
+            unmap(part, (self.at + self.len - part).min(RUN * GRANULE));
+        }
+    }
+}
+
+/// A page that shows to each descendant what names it to the one who serves:
+/// it is never touched in the process that made it, and filled when a
+/// descendant reads it.
+#[derive(Debug)]
+pub struct Mark(usize);
+
+impl Mark {
+    /// A new one.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new() -> Result<Self, Errno> {
+        let at = map_nothing(PAGE)?;
+        // SAFETY: a mapping of ours; unlocking changes no content.
+        let made = unsafe { munlock(at as *mut c_void, PAGE) };
+        if let Err(errno) = made {
+            unmap(at, PAGE);
+            return Err(errno);
+        }
+        Ok(Self(at))
+    }
+
+    /// Its address, for [`Self::read`] in descendants.
+    pub fn addr(&self) -> usize {
+        self.0
+    }
+
+    /// Has whoever reads it wait for the one who serves the shelter.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn register(&self, shelter: &Shelter) -> Result<(), Errno> {
+        shelter.uffd.register(self.0, PAGE)?;
+        allow_access(self.0, PAGE)
+    }
+
+    /// What names this process; zeroes if nobody serves it any more. What an
+    /// ancestor read there is not shown.
+    ///
+    /// # Errors
+    /// The kernel's.
+    ///
+    /// # Safety
+    /// `at` is an address of an ancestor's, which nobody else of this process
+    /// touches.
+    pub unsafe fn read(at: usize) -> Result<[u64; 2], Errno> {
+        advise(at, PAGE, Advice::LinuxDontNeed)?;
+        // SAFETY: a page of anonymous memory, aligned.
+        Ok(unsafe { (at as *const [u64; 2]).read_volatile() })
     }
 }
 

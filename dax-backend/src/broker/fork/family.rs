@@ -20,14 +20,21 @@ impl MemberId {
     pub(super) const ROOT: Self = Self(0);
 }
 
+/// An original that somebody needs.
+#[derive(Debug)]
+struct Held {
+    place: u64,
+    count: u32,
+}
+
 /// The books. Places are addresses of granules in the members, which have the
 /// same in all of them; originals are offsets into the window.
 #[derive(Debug, Default)]
 pub(super) struct Family {
     /// What each member needs: original by place.
     members: BTreeMap<MemberId, BTreeMap<u64, u64>>,
-    /// How many members need each original.
-    holders: BTreeMap<u64, u32>,
+    /// How many members need each original, and where all of them have it.
+    holders: BTreeMap<u64, Held>,
     /// Who was made before the root had said what it shares.
     doubtful: BTreeSet<MemberId>,
     next: u32,
@@ -53,7 +60,8 @@ impl Family {
         if let Some(needs) = self.members.get_mut(&member)
             && needs.insert(place, original).is_none()
         {
-            *self.holders.entry(original).or_default() += 1;
+            let held = Held { place, count: 0 };
+            self.holders.entry(original).or_insert(held).count += 1;
         }
     }
 
@@ -62,7 +70,9 @@ impl Family {
     pub(super) fn born(&mut self, parent: MemberId, doubtful: bool) -> MemberId {
         let needs = self.members.get(&parent).cloned().unwrap_or_default();
         for original in needs.values() {
-            *self.holders.entry(*original).or_default() += 1;
+            if let Some(held) = self.holders.get_mut(original) {
+                held.count += 1;
+            }
         }
         let child = MemberId(self.next);
         self.next += 1;
@@ -98,9 +108,9 @@ impl Family {
     }
 
     fn needed_less(&mut self, original: u64) -> Option<u64> {
-        let count = self.holders.get_mut(&original)?;
-        *count -= 1;
-        if *count > 0 {
+        let held = self.holders.get_mut(&original)?;
+        held.count -= 1;
+        if held.count > 0 {
             return None;
         }
         self.holders.remove(&original);
@@ -124,19 +134,39 @@ impl Family {
 
     /// Everybody who needs an original, and where.
     pub(super) fn holders(&self, original: u64) -> Vec<(MemberId, u64)> {
-        let at = |(member, needs): (&MemberId, &BTreeMap<u64, u64>)| {
-            let place = needs.iter().find(|(_, o)| **o == original)?;
-            Some((*member, *place.0))
+        let Some(Held { place, .. }) = self.holders.get(&original) else {
+            return Vec::new();
         };
-        match self.holders.contains_key(&original) {
-            true => self.members.iter().filter_map(at).collect(),
-            false => Vec::new(),
-        }
+        let needs = |needs: &BTreeMap<u64, u64>| needs.get(place) == Some(&original);
+        let members = self.members.iter().filter(|(_, all)| needs(all));
+        members.map(|(member, _)| (*member, *place)).collect()
+    }
+
+    /// What nobody but the root needs, in order: place and original.
+    pub(super) fn roots_alone(&self) -> impl Iterator<Item = (u64, u64)> {
+        let needs = self.members.get(&MemberId::ROOT).into_iter().flatten();
+        let alone = |original| {
+            self.holders
+                .get(original)
+                .is_some_and(|held| held.count == 1)
+        };
+        needs
+            .filter(move |(_, original)| alone(original))
+            .map(|(place, original)| (*place, *original))
+    }
+
+    /// Whether the root, at `place`, is the only one that needs an original.
+    pub(super) fn is_roots_alone(&self, place: u64, original: u64) -> bool {
+        self.original(MemberId::ROOT, place) == Some(original)
+            && self
+                .holders
+                .get(&original)
+                .is_some_and(|held| held.count == 1)
     }
 }
 
 /// Place and original of each granule of a run.
-fn granules(run: &SharedRun) -> impl Iterator<Item = (u64, u64)> + use<> {
+pub(super) fn granules(run: &SharedRun) -> impl Iterator<Item = (u64, u64)> + use<> {
     let run = *run;
     (0..run.len / GRANULE).map(move |i| (run.addr + i * GRANULE, run.offset + i * GRANULE))
 }
@@ -181,6 +211,7 @@ mod tests {
         let grandchild = family.born(child, false);
         assert_eq!(family.filled(MemberId::ROOT, place(0)), None);
         assert_eq!(family.filled(MemberId::ROOT, place(0)), None, "twice");
+        assert!(!family.is_roots_alone(place(1), GRANULE));
         // A child of today has the copy already.
         let late = family.born(MemberId::ROOT, false);
         assert_eq!(family.original(late, place(0)), None);
@@ -190,10 +221,28 @@ mod tests {
         assert_eq!(family.filled(grandchild, place(0)), Some(0));
         assert_eq!(family.holders(0), []);
         assert!(family.died(child).is_empty());
-        assert!(family.died(MemberId::ROOT).is_empty());
         assert!(family.died(late).is_empty());
+        assert!(family.died(MemberId::ROOT).is_empty());
         assert_eq!(family.died(grandchild), [GRANULE]);
         assert!(family.is_extinct());
+    }
+
+    #[test]
+    fn what_only_the_root_needs_can_be_its_own_again() {
+        let mut family = Family::new();
+        family.share(&[run(0, 2)]);
+        let all = [(place(0), 0), (place(1), GRANULE)];
+        assert!(family.roots_alone().eq(all));
+        assert!(family.is_roots_alone(place(1), GRANULE));
+        assert!(!family.is_roots_alone(place(1), 0), "another original");
+        let child = family.born(MemberId::ROOT, false);
+        assert!(!family.is_roots_alone(place(1), GRANULE));
+        family.died(child);
+        assert!(family.is_roots_alone(place(1), GRANULE));
+        let child = family.born(MemberId::ROOT, false);
+        family.filled(MemberId::ROOT, place(0));
+        assert!(!family.is_roots_alone(place(0), 0), "the child's alone");
+        family.died(child);
     }
 
     #[test]

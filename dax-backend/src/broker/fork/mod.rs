@@ -15,10 +15,14 @@
 //! socket of which the keeper holds the broker's end; a message there is taken
 //! off when what it asks is done, and doing it twice does no harm.
 //!
-//! `family` keeps the books, `server` serves, `uffd` is the system calls. This
+//! `family` keeps the books, `server` serves, `line` is what the client says,
+//! `uffd` is the system calls. This
 //! file is the broker's side: who holds which lease.
 
 mod family;
+mod guard;
+mod line;
+mod member;
 mod outbox;
 mod server;
 mod uffd;
@@ -38,6 +42,7 @@ use super::protocol::{FORK_LAST, Kind, MAX_RANGES, Message, WindowRange};
 use super::server::Broker;
 use super::socket::{Descriptors, SocketError, peek_message, receive_message};
 use super::store::{Store, StoreSocket};
+pub use guard::guard;
 use outbox::Outbox;
 use server::Server;
 use uffd::Uffd;
@@ -57,6 +62,10 @@ pub struct ForkFamily {
     pub base: u64,
     /// Bytes of the window.
     pub len: u64,
+    /// The client's number.
+    pub client: u32,
+    /// The address of its page for descendants.
+    pub mark: u64,
 }
 
 /// Starts a fork server that goes on when the broker dies.
@@ -97,7 +106,11 @@ impl ForkFamily {
     ///
     /// # Errors
     /// Not all of it came.
-    pub fn receive(socket: StoreSocket, base: u64, len: u64) -> io::Result<Self> {
+    pub fn receive(
+        socket: StoreSocket,
+        (base, len): (u64, u64),
+        (client, mark): (u32, u64),
+    ) -> io::Result<Self> {
         let mut store = Store::receive(socket)?;
         let mut take = |name| store.take(name).ok_or(io::ErrorKind::UnexpectedEof);
         let [userfaultfd, line, desk, window] = NAMES;
@@ -108,6 +121,8 @@ impl ForkFamily {
             window: take(window)?,
             base,
             len,
+            client,
+            mark,
         })
     }
 
@@ -181,7 +196,7 @@ impl Broker {
 
     /// A client wants its forks served: its userfaultfd, and its line. Where
     /// that can't be, the line is closed.
-    pub(super) fn fork_set_up(&mut self, client: ClientId, fds: Descriptors) {
+    pub(super) fn fork_set_up(&mut self, client: ClientId, mark: u64, fds: Descriptors) {
         let [Some(userfaultfd), Some(line), ..] = fds.0 else {
             self.counters.malformed += 1;
             return;
@@ -189,7 +204,7 @@ impl Broker {
         if self.forks.desks.contains_key(&client) {
             return;
         }
-        if let Err(error) = self.start_family(client, userfaultfd, line) {
+        if let Err(error) = self.start_family(client, userfaultfd, line, mark) {
             tracing::warn!(client = client.0, %error, "forks are not served");
         }
     }
@@ -199,6 +214,7 @@ impl Broker {
         client: ClientId,
         userfaultfd: OwnedFd,
         line: OwnedFd,
+        mark: u64,
     ) -> io::Result<()> {
         Uffd::set_up(userfaultfd.as_fd())?;
         let flags = SocketFlags::CLOEXEC;
@@ -212,12 +228,24 @@ impl Broker {
             window,
             base: self.window.base(),
             len: self.window.len(),
+            client: client.0,
+            mark,
         });
         match served {
             Ok(()) => drop(self.forks.desks.insert(client, Outbox::new(ours))),
             Err(_) => self.store.forget(&desk_name(client)),
         }
         served
+    }
+
+    /// A descendant wants to hear of what it inherited.
+    pub(super) fn fork_join(&mut self, message: &Message, fds: Descriptors) {
+        let ancestor = u32::try_from(message.arg(0)).map(ClientId);
+        let desk = ancestor.ok().and_then(|id| self.forks.desks.get_mut(&id));
+        if let (Some(desk), [Some(line), ..]) = (desk, fds.0) {
+            let join = Message::new(Kind::ForkJoin).with_arg(0, message.arg(1));
+            let _ = desk.send_with(join, Some(line));
+        }
     }
 
     /// Does what families want.
@@ -257,6 +285,13 @@ impl Broker {
                     .with_arg(0, u64::from(!ours));
                 self.order(client, answer);
             }
+            Some(Kind::ForkTake) => {
+                let given = self.give_back_originals(client, ranges.as_slice());
+                let answer = Message::new(Kind::ForkAnswer)
+                    .with_id(message.id())
+                    .with_arg(0, u64::from(!given));
+                self.order(client, answer);
+            }
             Some(Kind::ForkFree) => {
                 let returned = self.table.let_go(family, ranges.as_slice());
                 self.counters.returned_bytes += returned;
@@ -281,6 +316,32 @@ impl Broker {
                 self.recall_unanswerable(family, now);
             }
             _ => self.counters.malformed += 1,
+        }
+    }
+
+    /// Makes originals a client's own leases again, unless they are asked back:
+    /// their family is at it then.
+    fn give_back_originals(&mut self, client: ClientId, ranges: &[WindowRange]) -> bool {
+        let lost = !self.table.held(client.family()).1.is_empty();
+        let wanted = self.recalls.active.is_some() || !self.table.marked_within(ranges).is_empty();
+        let wanted = wanted || lost;
+        let Some(to) = self.clients.get_mut(&client).filter(|_| !wanted) else {
+            return false;
+        };
+        // Doing it twice does no harm; what is counted is what changes.
+        let before = self.table.held(client).0;
+        if !self.table.hand_over(client.family(), client, ranges) {
+            return false;
+        }
+        to.leased += self.table.held(client).0 - before;
+        true
+    }
+
+    /// The device has taken what is leased to a family.
+    pub(super) fn lose_originals(&mut self, family: ClientId, ranges: &[WindowRange]) {
+        for chunk in ranges.chunks(MAX_RANGES) {
+            let message = Message::new(Kind::ForkLost).with_ranges(chunk);
+            self.order(ClientId(family.0 & !FAMILY), message);
         }
     }
 

@@ -14,7 +14,7 @@ use crate::broker::socket::{SocketError, send_message};
 #[derive(Debug)]
 pub(super) struct Outbox {
     socket: OwnedFd,
-    queue: VecDeque<Message>,
+    queue: VecDeque<(Message, Option<OwnedFd>)>,
 }
 
 impl Outbox {
@@ -28,7 +28,19 @@ impl Outbox {
     /// # Errors
     /// The other end is gone.
     pub(super) fn send(&mut self, message: Message) -> Result<(), SocketError> {
-        self.queue.push_back(message);
+        self.send_with(message, None)
+    }
+
+    /// The same with a descriptor.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub(super) fn send_with(
+        &mut self,
+        message: Message,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), SocketError> {
+        self.queue.push_back((message, fd));
         self.flush()
     }
 
@@ -37,8 +49,9 @@ impl Outbox {
     /// # Errors
     /// The other end is gone.
     pub(super) fn flush(&mut self) -> Result<(), SocketError> {
-        while let Some(message) = self.queue.front() {
-            match send_message(self.as_fd(), message, &[], SendFlags::DONTWAIT) {
+        while let Some((message, fd)) = self.queue.front() {
+            let fds = fd.as_ref().map(AsFd::as_fd);
+            match send_message(self.as_fd(), message, fds.as_slice(), SendFlags::DONTWAIT) {
                 Ok(()) => drop(self.queue.pop_front()),
                 Err(SocketError::System(Errno::AGAIN)) => return Ok(()),
                 Err(error) => {

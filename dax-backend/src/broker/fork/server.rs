@@ -4,17 +4,20 @@
 //! a device, and none can hold up more than its own.
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::AsFd;
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use uuid::Uuid;
 
 use super::ForkFamily;
 use super::family::{Family, MemberId, push_run};
+use super::line::{Fork, Taking};
+use super::member::{Member, farewell};
 use super::outbox::Outbox;
-use super::uffd::{Event, Filled, Uffd};
+use super::uffd::{Event, Filled, PAGE, Uffd};
 use crate::broker::lease::push_merged;
 use crate::broker::mapping::Mapping;
 use crate::broker::protocol::{
@@ -24,16 +27,8 @@ use crate::broker::socket::{Descriptors, SocketError, receive_message};
 
 /// Between attempts at what could not be done at once.
 const RETRY: Duration = Duration::from_millis(1);
-/// The longest between two looks whether a member lives.
-const PROBE_MAX: Duration = Duration::from_millis(250);
 /// Events read of one member before the others get their turn.
 const BURST: usize = 64;
-
-struct Member {
-    uffd: Uffd,
-    born: Instant,
-    probe: Instant,
-}
 
 struct Eviction {
     id: u64,
@@ -41,35 +36,27 @@ struct Eviction {
     originals: Vec<u64>,
 }
 
-/// A fork of the root that has begun and not ended.
-#[derive(Default)]
-struct Fork {
-    /// What the root says that it shares.
-    runs: Vec<SharedRun>,
-    /// What the broker has not answered yet.
-    unanswered: BTreeSet<u64>,
-    refused: bool,
-    /// The books have it all.
-    settled: bool,
-}
-
 /// One family being served.
 pub(super) struct Server {
-    mapping: Mapping,
+    /// The client's number, and the address of its page for descendants.
+    client: u32,
+    mark: u64,
+    pub(super) mapping: Mapping,
     /// The broker; `None`: there is none any more.
-    desk: Option<Outbox>,
+    pub(super) desk: Option<Outbox>,
     /// The root speaks here around a fork; `None`: it has stopped.
-    line: Option<Outbox>,
-    family: Family,
-    members: BTreeMap<MemberId, Member>,
+    pub(super) line: Option<Outbox>,
+    pub(super) family: Family,
+    pub(super) members: BTreeMap<MemberId, Member>,
     /// Faults to serve, in order.
-    waits: Vec<(MemberId, u64)>,
+    pub(super) waits: Vec<(MemberId, u64)>,
     /// What the broker is about to ask for.
     asked: Vec<WindowRange>,
     evictions: Vec<Eviction>,
-    fork: Option<Fork>,
+    pub(super) fork: Option<Fork>,
+    pub(super) taking: Option<Taking>,
     /// Messages to the broker that it answers.
-    said: u64,
+    pub(super) said: u64,
     filled: Vec<SharedRun>,
     free: Vec<WindowRange>,
 }
@@ -79,6 +66,8 @@ impl Server {
         let mapping = Mapping::new(given.window.as_fd(), given.base, given.len)?;
         let root = Uffd::new(given.userfaultfd)?;
         let mut server = Self {
+            client: given.client,
+            mark: given.mark,
             mapping,
             desk: Some(Outbox::new(given.desk)),
             line: Some(Outbox::new(given.line)),
@@ -88,11 +77,12 @@ impl Server {
             asked: Vec::new(),
             evictions: Vec::new(),
             fork: None,
+            taking: None,
             said: 0,
             filled: Vec::new(),
             free: Vec::new(),
         };
-        server.join(MemberId::ROOT, root);
+        server.join(MemberId::ROOT, root, Vec::new());
         server.answer(true);
         Ok(server)
     }
@@ -110,9 +100,10 @@ impl Server {
             }
             self.serve();
             self.evict();
-            self.bury_dead();
             self.tell();
+            self.bury_dead();
         }
+        self.tell();
         self.say(Message::new(Kind::ForkEnded));
     }
 
@@ -157,22 +148,29 @@ impl Server {
         self.family.needs_any(id) || (id == MemberId::ROOT && self.line.is_none())
     }
 
-    fn join(&mut self, id: MemberId, uffd: Uffd) {
-        let now = Instant::now();
-        self.members.insert(
-            id,
-            Member {
-                uffd,
-                born: now,
-                probe: now + RETRY,
-            },
-        );
+    fn join(&mut self, id: MemberId, uffd: Uffd, filled: Vec<SharedRun>) {
+        let key = Uuid::new_v4().as_u64_pair().1;
+        self.members.insert(id, Member::new(uffd, key, filled));
+    }
+
+    /// A descendant wants to hear what it has copies of.
+    fn attach(&mut self, key: u64, line: OwnedFd) {
+        match self.members.values_mut().find(|member| member.key == key) {
+            Some(member) => member.hears(line),
+            // It needs nothing any more.
+            None => farewell(Outbox::new(line)),
+        }
     }
 
     /// What the broker wants.
     fn obey(&mut self) {
-        while let Some(message) = next(&mut self.desk) {
+        while let Some((message, fds)) = next(&mut self.desk) {
             match message.kind() {
+                Some(Kind::ForkJoin) => {
+                    if let [Some(line), ..] = fds.0 {
+                        self.attach(message.arg(0), line);
+                    }
+                }
                 Some(Kind::ForkAnswer) => self.broker_answered(message.id(), message.arg(0) == 0),
                 Some(Kind::ForkEvict) => {
                     self.asked.extend(message.ranges().as_slice());
@@ -180,12 +178,9 @@ impl Server {
                         self.begin_eviction(message.id());
                     }
                 }
+                Some(Kind::ForkLost) => self.lose(message.ranges().as_slice()),
                 _ => {}
             }
-        }
-        if self.desk.is_none() && self.fork.as_ref().is_some_and(|f| !f.unanswered.is_empty()) {
-            // Whoever would say so is gone.
-            self.settle(false);
         }
     }
 
@@ -202,95 +197,39 @@ impl Server {
         });
     }
 
-    fn broker_answered(&mut self, id: u64, yes: bool) {
-        // One comes twice when a broker died over it.
-        if let Some(fork) = &mut self.fork
-            && fork.unanswered.remove(&id)
-        {
-            fork.refused |= !yes;
-            if fork.unanswered.is_empty() {
-                let refused = fork.refused;
-                self.settle(!refused);
-            }
-        }
+    pub(super) fn is_evicting(&self) -> bool {
+        !(self.asked.is_empty() && self.evictions.is_empty())
     }
 
-    /// What the root shares is the family's now, or the fork can't be served.
-    fn settle(&mut self, yes: bool) {
-        let Some(fork) = &mut self.fork else {
-            return;
-        };
-        fork.unanswered.clear();
-        fork.settled = yes;
-        let runs = std::mem::take(&mut fork.runs);
-        if yes {
-            self.family.share(&runs);
-        }
-        self.answer(yes);
-    }
-
-    /// What the root says around a fork.
-    fn listen(&mut self) {
-        while let Some(message) = next(&mut self.line) {
-            match message.kind() {
-                Some(Kind::ForkBegin) => {
-                    self.fork = Some(Fork::default());
-                    self.answer(true);
+    /// The device has taken originals: whoever needs one gets SIGBUS, as from
+    /// an extent of its own. The root's books go on as if it had not looked.
+    fn lose(&mut self, ranges: &[WindowRange]) {
+        let granules = ranges
+            .iter()
+            .flat_map(|range| (range.offset..range.end()).step_by(GRANULE as usize));
+        for original in granules {
+            for (id, place) in self.family.holders(original) {
+                if let Some(member) = self.members.get(&id) {
+                    let _ = member.uffd.poison(place);
                 }
-                Some(Kind::ForkShare) if self.fork.is_some() => {
-                    self.root_shares(&message);
-                }
-                Some(Kind::ForkEnd) => self.fork = None,
-                _ => self.line = None,
+                let free = self.family.filled(id, place);
+                self.now_free(free);
             }
         }
     }
 
-    fn root_shares(&mut self, message: &Message) {
-        let end = self.mapping.len();
-        let Some(fork) = &mut self.fork else {
-            return;
-        };
-        let whole = |n: u64| n.is_multiple_of(GRANULE);
-        let sane = |run: &SharedRun| {
-            run.len > 0
-                && whole(run.addr)
-                && whole(run.offset)
-                && whole(run.len)
-                && run.end() <= end
-                && run.addr.checked_add(run.len).is_some()
-        };
-        fork.refused |= !message.shared_runs().all(|run| sane(&run));
-        fork.runs.extend(message.shared_runs());
-        if message.flags() & FORK_LAST == 0 {
-            return;
-        }
-        if fork.refused || fork.runs.is_empty() {
-            let yes = !fork.refused;
-            return self.settle(yes);
-        }
-        let windows: Vec<WindowRange> = fork.runs.iter().map(SharedRun::window).collect();
-        for chunk in windows.chunks(MAX_RANGES) {
-            self.said += 1;
-            if let Some(fork) = &mut self.fork {
-                fork.unanswered.insert(self.said);
-            }
-            let message = Message::new(Kind::ForkShare).with_id(self.said);
-            self.say(message.with_ranges(chunk));
-        }
+    /// Whether the root is about to fork, or changes its mappings.
+    pub(super) fn is_root_changing(&self) -> bool {
+        let root = self.members.get(&MemberId::ROOT);
+        root.is_some_and(|root| root.uffd.is_changing())
     }
 
-    fn answer(&mut self, yes: bool) {
-        let message = Message::new(Kind::ForkAnswer).with_arg(0, u64::from(!yes));
-        send(&mut self.line, message);
-    }
-
-    fn say(&mut self, message: Message) {
+    pub(super) fn say(&mut self, message: Message) {
         send(&mut self.desk, message);
     }
 
     /// What a member did.
-    fn hear(&mut self, id: MemberId) {
+    pub(super) fn hear(&mut self, id: MemberId) {
         for _ in 0..BURST {
             let Some(member) = self.members.get(&id) else {
                 return;
@@ -298,9 +237,11 @@ impl Server {
             match member.uffd.next() {
                 Ok(Some(Event::Fault(addr))) => self.waits.push((id, addr)),
                 Ok(Some(Event::Fork(uffd))) => {
-                    let unsettled = self.fork.as_ref().is_some_and(|fork| !fork.settled);
-                    let child = self.family.born(id, unsettled && id == MemberId::ROOT);
-                    self.join(child, uffd);
+                    let doubtful = id == MemberId::ROOT && self.is_in_doubt();
+                    let child = self.family.born(id, doubtful);
+                    let of = self.members.get(&id);
+                    let filled = of.map_or_else(Vec::new, |of| of.filled().to_vec());
+                    self.join(child, uffd, filled);
                 }
                 Ok(None) => {}
                 Err(_) => return,
@@ -323,28 +264,38 @@ impl Server {
         let Some(member) = self.members.get(&id) else {
             return Filled::Gone;
         };
+        if addr - addr % PAGE == self.mark {
+            return member
+                .uffd
+                .show(self.mark, [self.client.into(), member.key]);
+        }
         let Some(original) = self.family.original(id, place) else {
-            // The root covers first, and says what was there afterwards.
-            let unsettled = self.fork.as_ref().is_some_and(|fork| !fork.settled);
-            return if id == MemberId::ROOT && unsettled {
+            // The root covers first, and says what was there afterwards; what
+            // it takes back it puts in place itself.
+            let root = id == MemberId::ROOT;
+            return if root && (self.is_unsettled() || self.is_taken(place)) {
                 Filled::Later
             } else if self.family.is_doubtful(id) {
-                member.uffd.poison(place);
-                Filled::Done
+                member.uffd.poison(place)
             } else {
                 member.uffd.zero(addr)
             };
         };
+        if id == MemberId::ROOT && self.is_taken(place) {
+            return Filled::Later;
+        }
         let result = member.uffd.fill(place, self.mapping.address(original));
         match result {
             Filled::Later => return result,
             Filled::Gone => self.bury(id),
-            Filled::Unreadable => member.uffd.poison(place),
+            Filled::Unreadable => drop(member.uffd.poison(place)),
             Filled::Done => {}
         }
         if result != Filled::Gone {
-            if id == MemberId::ROOT {
-                push_run(&mut self.filled, place, original);
+            match self.members.get_mut(&id) {
+                _ if id == MemberId::ROOT => push_run(&mut self.filled, place, original),
+                Some(member) => member.has(place, original),
+                None => {}
             }
             let free = self.family.filled(id, place);
             self.now_free(free);
@@ -388,8 +339,7 @@ impl Server {
             if member.uffd.is_gone() {
                 self.bury(id);
             } else {
-                let age = now.saturating_duration_since(member.born);
-                member.probe = now + (age / 8).clamp(RETRY, PROBE_MAX);
+                member.lives(now);
             }
         }
         // Who needs nothing is an ordinary process from here on: pages that it
@@ -401,7 +351,12 @@ impl Server {
             .filter(|id| !self.family.is_doubtful(**id))
             .copied()
             .collect();
-        idle.into_iter().for_each(|id| self.bury(id));
+        for id in idle {
+            if let Some(member) = self.members.remove(&id) {
+                member.dismiss();
+            }
+            self.bury(id);
+        }
     }
 
     fn bury(&mut self, id: MemberId) {
@@ -429,24 +384,26 @@ impl Server {
                 send(&mut self.line, message);
             }
         }
+        self.members.values_mut().for_each(Member::tell);
     }
 }
 
 /// Sends, if there is still somebody to send to.
-fn send(to: &mut Option<Outbox>, message: Message) {
+pub(super) fn send(to: &mut Option<Outbox>, message: Message) {
     if to.as_mut().is_some_and(|to| to.send(message).is_err()) {
         *to = None;
     }
 }
 
 /// The next message that is there. Whoever is gone is let go of.
-fn next(from: &mut Option<Outbox>) -> Option<Message> {
+pub(super) fn next(from: &mut Option<Outbox>) -> Option<(Message, Descriptors)> {
     let socket = from.as_mut()?;
+    let mut fds = Descriptors::default();
     let received = socket
         .flush()
-        .and_then(|()| receive_message(socket.as_fd(), &mut Descriptors::default()));
+        .and_then(|()| receive_message(socket.as_fd(), &mut fds));
     match received {
-        Ok(message) => Some(message),
+        Ok(message) => Some((message, fds)),
         Err(SocketError::System(Errno::AGAIN)) => None,
         Err(_) => {
             *from = None;

@@ -13,6 +13,7 @@ use crate::broker::protocol::GRANULE;
 // include/uapi/linux/userfaultfd.h
 const API: u64 = 0xAA;
 const IOC_API: Opcode = opcode::read_write::<[u64; 3]>(0xAA, 0x3F);
+const IOC_UNREGISTER: Opcode = opcode::read::<[u64; 2]>(0xAA, 0x01);
 const IOC_WAKE: Opcode = opcode::read::<[u64; 2]>(0xAA, 0x02);
 const IOC_COPY: Opcode = opcode::read_write::<Copy>(0xAA, 0x03);
 const IOC_ZEROPAGE: Opcode = opcode::read_write::<Fill>(0xAA, 0x04);
@@ -21,7 +22,7 @@ const FEATURE_EVENT_FORK: u64 = 1 << 1;
 const FEATURE_EVENT_REMAP: u64 = 1 << 2;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_FORK: u8 = 0x13;
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 /// No kernel lets a program map less, few programs map this.
 const NOWHERE: u64 = 64 << 10;
 
@@ -157,6 +158,37 @@ impl Uffd {
         Filled::Done
     }
 
+    /// Shows words to a member, at the start of the page at `at`.
+    pub(super) fn show(&self, at: u64, words: [u64; 2]) -> Filled {
+        #[repr(C, align(4096))]
+        struct Page([u64; 512]);
+        let mut page = Page([0; 512]);
+        page.0[..2].copy_from_slice(&words);
+        let mut copy = Copy {
+            dst: at,
+            src: (&raw const page) as u64,
+            len: PAGE,
+            mode: 0,
+            copy: 0,
+        };
+        // SAFETY: as in `fill`.
+        match unsafe { ioctl(&self.0, Updater::<IOC_COPY, _>::new(&mut copy)) } {
+            Err(Errno::AGAIN | Errno::NOMEM) => Filled::Later,
+            Err(Errno::SRCH) => Filled::Gone,
+            _ => Filled::Done,
+        }
+    }
+
+    /// Makes ordinary memory of a range in which every page is there.
+    ///
+    /// # Errors
+    /// `ENOMEM`: the member has too many mappings. Others: there is nothing of
+    /// ours.
+    pub(super) fn release(&self, at: u64, len: u64) -> Result<(), Errno> {
+        // SAFETY: UFFDIO_UNREGISTER reads a `struct uffdio_range`, two words.
+        unsafe { ioctl(&self.0, Setter::<IOC_UNREGISTER, _>::new([at, len])) }
+    }
+
     /// Puts a page of zeroes where a member has dropped one of its own.
     pub(super) fn zero(&self, addr: u64) -> Filled {
         let start = addr - addr % PAGE;
@@ -178,17 +210,29 @@ impl Uffd {
         }
     }
 
-    /// Makes the granule raise SIGBUS, as the memory itself would have.
-    pub(super) fn poison(&self, place: u64) {
-        let mut fill = Fill {
-            start: place,
-            len: GRANULE,
-            mode: 0,
-            done: 0,
-        };
-        // SAFETY: UFFDIO_POISON reads and writes a `struct uffdio_poison`.
-        let _ = unsafe { ioctl(&self.0, Updater::<IOC_POISON, _>::new(&mut fill)) };
+    /// Makes what is missing of a granule raise SIGBUS, as the memory itself
+    /// would have.
+    pub(super) fn poison(&self, place: u64) -> Filled {
+        let mut done = 0;
+        while done < GRANULE {
+            let mut fill = Fill {
+                start: place + done,
+                len: GRANULE - done,
+                mode: 0,
+                done: 0,
+            };
+            // SAFETY: UFFDIO_POISON reads and writes a `struct uffdio_poison`.
+            let result = unsafe { ioctl(&self.0, Updater::<IOC_POISON, _>::new(&mut fill)) };
+            match result {
+                Err(_) if fill.done > 0 => done += fill.done as u64,
+                Err(Errno::EXIST) => done += PAGE,
+                Err(Errno::AGAIN) => return Filled::Later,
+                Err(Errno::SRCH) => return Filled::Gone,
+                _ => break,
+            }
+        }
         self.wake(place);
+        Filled::Done
     }
 
     fn wake(&self, place: u64) {
@@ -198,6 +242,15 @@ impl Uffd {
 
     /// Whether the member's memory is gone: it has ended, or called exec.
     pub(super) fn is_gone(&self) -> bool {
+        self.copy_nowhere() == Err(Errno::SRCH)
+    }
+
+    /// Whether the member is forking, or moving what is registered.
+    pub(super) fn is_changing(&self) -> bool {
+        self.copy_nowhere() == Err(Errno::AGAIN)
+    }
+
+    fn copy_nowhere(&self) -> Result<(), Errno> {
         // To an address where nothing can be registered: only what is checked
         // first can be the answer.
         let page = [0u8; 1];
@@ -209,8 +262,7 @@ impl Uffd {
             copy: 0,
         };
         // SAFETY: as in `fill`.
-        let result = unsafe { ioctl(&self.0, Updater::<IOC_COPY, _>::new(&mut copy)) };
-        result == Err(Errno::SRCH)
+        unsafe { ioctl(&self.0, Updater::<IOC_COPY, _>::new(&mut copy)) }
     }
 }
 
