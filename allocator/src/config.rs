@@ -80,6 +80,13 @@ pub const KEYS: &[Key] = &[
         "how much may move back to extents per second when there are some again",
     ),
     key(
+        "fork",
+        "lazy | eager | none",
+        "lazy",
+        "how a child gets what is on extents: copied by the broker when touched (or else as \
+         eager), moved to DRAM before, or not at all",
+    ),
+    key(
         "decay",
         "MS",
         "250",
@@ -117,6 +124,18 @@ pub const KEYS: &[Key] = &[
     ),
 ];
 
+/// How a forked child gets what its parent has on extents.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ForkPolicy {
+    /// It is moved to DRAM before the fork.
+    Eager,
+    /// The source copies what either touches; where it can't, as `Eager`.
+    Lazy,
+    /// Not at all: a child that touches it gets SIGSEGV. For programs whose
+    /// children only call exec.
+    None,
+}
+
 /// The settings of a heap.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Config {
@@ -134,6 +153,8 @@ pub struct Config {
     pub io_dram: bool,
     /// Bytes per second that may be moved back to extents; 0: none.
     pub promote: u64,
+    /// How a forked child gets what is on extents.
+    pub fork: ForkPolicy,
     /// Milliseconds for which freed pages of extents stay with the engine.
     pub decay_ms: u32,
     /// Milliseconds for which an unused granule is kept.
@@ -158,6 +179,7 @@ impl Config {
         spill_limit: u64::MAX,
         io_dram: true,
         promote: 512 << 20,
+        fork: ForkPolicy::Lazy,
         decay_ms: 250,
         return_after_ms: 500,
         zero_lost: false,
@@ -196,6 +218,7 @@ impl Config {
             "spill_limit" => self.spill_limit = parse_size(value).ok_or(bad(key.values))? as u64,
             "io_dram" => self.io_dram = value.parse().map_err(|_| bad(key.values))?,
             "promote" => self.promote = parse_size(value).ok_or(bad(key.values))? as u64,
+            "fork" => self.fork = fork(value).ok_or(bad(key.values))?,
             "decay" => self.decay_ms = value.parse().map_err(|_| bad(key.values))?,
             "return_after" => self.return_after_ms = value.parse().map_err(|_| bad(key.values))?,
             "on_lost" => match value {
@@ -418,6 +441,15 @@ fn placement(value: &str) -> Option<Placement> {
             .ok()
             .filter(|&n| n >= 2)
             .map(Placement::Interleave),
+        _ => None,
+    }
+}
+
+fn fork(text: &str) -> Option<ForkPolicy> {
+    match text {
+        "eager" => Some(ForkPolicy::Eager),
+        "lazy" => Some(ForkPolicy::Lazy),
+        "none" => Some(ForkPolicy::None),
         _ => None,
     }
 }

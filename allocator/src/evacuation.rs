@@ -109,6 +109,22 @@ impl Evacuator {
         self.spill.as_ref().map(|_| self.mover.bell())
     }
 
+    /// Whether extents in a range are mapped as they were.
+    pub(crate) fn are_unchanged(&self, extents: Range<usize>) -> bool {
+        self.mover.are_unchanged(extents)
+    }
+
+    /// The time, for [`Self::no_transfer`].
+    pub(crate) fn now(&self) -> u64 {
+        rebind::now()
+    }
+
+    /// Waits until no direct I/O uses the pages of a range any more that is
+    /// behind placeholders since `taken`. `false`: some still does, or may.
+    pub(crate) fn no_transfer(&self, range: &Range<usize>, taken: u64) -> bool {
+        self.mover.no_transfer(range, taken)
+    }
+
     /// How long threads waited for granules.
     pub(crate) fn stalls(&self) -> StallHistogram {
         self.mover.stalls()
@@ -177,7 +193,7 @@ impl Evacuator {
     }
 
     /// Granules that may move before the process has too many mappings.
-    fn movable(&self) -> usize {
+    pub(crate) fn movable(&self) -> usize {
         self.mover.room_for_mappings().saturating_sub(MAPPINGS_LEFT) / MAPPINGS_EACH
     }
 

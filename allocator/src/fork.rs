@@ -6,14 +6,14 @@
 //!
 //! | registered | runs at prepare | does |
 //! |---|---|---|
-//! | last (`early`) | first | moves the heap off extents, takes glibc's list of streams |
+//! | last (`early`) | first | shares the heap or moves it off extents, takes glibc's list of streams |
 //! | engine's | second | takes the engine's locks |
 //! | first (`late`) | last | takes the space's lock |
 //!
 //! Extents are shared mappings, which a child would write through into its
 //! parent's heap, so no child inherits them. Before a fork everything live on
-//! them is moved to DRAM, where the kernel's copy-on-write does the rest, and
-//! brought back afterwards. The child has neither threads nor leases; it gets
+//! them is put behind placeholders, where whoever touches it gets a copy, or
+//! moved to DRAM, where the kernel's copy-on-write does the rest. The child has neither threads nor leases; it gets
 //! its own when it first needs an extent (`child_needs_extents`).
 //!
 //! The list of streams: fork takes it itself, but after the handlers. A thread

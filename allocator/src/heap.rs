@@ -616,12 +616,12 @@ impl Heap {
     /// In a forked child: its parent's service, leases and counts are not its
     /// own. It looks for a source when it first needs an extent.
     pub(crate) fn in_child(&self) {
-        self.service.forget();
+        let line = self.service.forget();
         callbacks().forget();
         arena::table().in_child();
         self.expect_none();
         self.space.set_dram_when_exhausted(true);
-        self.space.disown_extents();
+        self.space.disown_extents(line);
         self.space.set_extents_closed(false);
         for demand in &self.supply.demand {
             demand.store(0, Ordering::Relaxed);

@@ -27,6 +27,7 @@ mod pin;
 pub mod placement;
 mod service;
 pub mod shared;
+mod sharing;
 mod sigbus;
 pub mod source;
 pub mod space;
@@ -41,7 +42,7 @@ pub use allocator_api2;
 pub use arena::{
     Arena, ArenaBuilder, ArenaError, ArenaStats, Lost, MAX_ARENAS, MAX_NAME, Pressure,
 };
-pub use config::Config;
+pub use config::{Config, ForkPolicy};
 pub use global::DcMalloc;
 pub use heap::Heap;
 pub use pin::{PinError, PinGuard};

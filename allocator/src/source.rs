@@ -13,6 +13,7 @@ use crate::shared::{SharedError, SharedExtents};
 use crate::stats::Stats;
 use crate::tag::Tag;
 use core::fmt;
+use core::ops::Range;
 use core::time::Duration;
 use std::os::fd::BorrowedFd;
 
@@ -86,6 +87,71 @@ impl Ranges {
     }
 }
 
+/// Neighbouring granules of the heap whose content is that of neighbours in
+/// the window. All in bytes, multiples of [`GRANULE`](crate::space::GRANULE).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SharedRun {
+    /// The address of the first.
+    pub addr: usize,
+    /// Where its content is, from the start of the window.
+    pub offset: u64,
+    /// Bytes.
+    pub len: usize,
+}
+
+impl SharedRun {
+    /// Its addresses.
+    pub fn range(&self) -> Range<usize> {
+        self.addr..self.addr + self.len
+    }
+}
+
+/// What is heard of copies of what an ancestor left to a process.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "whoever hears it may not allocate, and looks at it at once"
+)]
+#[derive(Clone, Copy, Debug)]
+pub enum Inherited {
+    /// Nothing new.
+    Nothing,
+    /// It has copies of these, and they are ordinary memory.
+    Filled(SharedRuns),
+    /// Of everything.
+    All,
+}
+
+/// From so many ancestors may a process have something.
+pub const ANCESTORS: usize = 4;
+
+/// How many runs come at once.
+pub const RUNS_PER_EVENT: usize = 14;
+
+/// Runs inline, so that nothing needs the heap.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedRuns {
+    items: [SharedRun; RUNS_PER_EVENT],
+    len: usize,
+}
+
+impl SharedRuns {
+    /// The first [`RUNS_PER_EVENT`] of some runs.
+    pub fn new(runs: impl IntoIterator<Item = SharedRun>) -> Self {
+        let mut items = [SharedRun::default(); RUNS_PER_EVENT];
+        let mut len = 0;
+        for (item, run) in items.iter_mut().zip(runs) {
+            *item = run;
+            len += 1;
+        }
+        Self { items, len }
+    }
+
+    /// The runs.
+    pub fn as_slice(&self) -> &[SharedRun] {
+        &self.items[..self.len]
+    }
+}
+
 /// A lease asked back.
 #[derive(Clone, Copy, Debug)]
 pub struct Recall {
@@ -141,7 +207,7 @@ pub enum Event {
 
 /// A lender of extents.
 ///
-/// `request`, `give_back` and `answer` are called from one thread of the
+/// `request`, `give_back`, `answer` and what is about forks are called from one thread of the
 /// allocator, `next_event` from another. None of them may allocate from the
 /// heap that they serve, and none is called with a lock of the allocator held.
 pub trait ExtentSource: Sync {
@@ -177,6 +243,60 @@ pub trait ExtentSource: Sync {
 
     /// Says what came of a recall; ends it, unless `outcome.more`.
     fn answer(&self, id: u64, outcome: &RecallOutcome) -> bool;
+
+    /// Asks the source to serve this process's forks with a new userfaultfd:
+    /// to hear of every child and grandchild, and to give each a copy of what
+    /// it touches and was shared. `false`: it can't, and the heap is moved off
+    /// extents before each fork.
+    /// `mark` is the address of a page that is registered with it: to each
+    /// child it shows what names it, for [`ExtentSource::join_family`].
+    fn serve_forks(&self, _userfaultfd: BorrowedFd<'_>, _mark: usize) -> bool {
+        false
+    }
+
+    /// Asks to hear when this process has copies of what ancestor `line` left
+    /// it, which knows it by `name`. `false`: nobody says so.
+    fn join_family(&self, _line: u8, _name: [u64; 2]) -> bool {
+        false
+    }
+
+    /// What there is to hear from there. Does not wait.
+    fn inherited(&self, _line: u8) -> Inherited {
+        Inherited::Nothing
+    }
+
+    /// A fork is near. `filled` hears of what [`ExtentSource::filled`] would
+    /// have said; nothing more until [`ExtentSource::fork_end`]. `false`:
+    /// forks are not served any more.
+    fn fork_begin(&self, _filled: &mut dyn FnMut(&SharedRuns)) -> bool {
+        false
+    }
+
+    /// What is covered by placeholders, and no lease from now on: `next` gives
+    /// the first run at an address or after it. Children may be made when this
+    /// returns. `false`: refused, all of it.
+    fn fork_share(&self, _next: &dyn Fn(usize) -> Option<SharedRun>) -> bool {
+        false
+    }
+
+    /// The child is made, or is not.
+    fn fork_end(&self) {}
+
+    /// Takes some of what was shared back, as leases, of which nobody else needs
+    /// the original: the caller puts it in place, and says so by
+    /// [`ExtentSource::fork_taken`]. `None`: there is nothing. `filled` as above.
+    fn fork_take(&self, _filled: &mut dyn FnMut(&SharedRuns)) -> Option<SharedRuns> {
+        None
+    }
+
+    /// What [`ExtentSource::fork_take`] gave is in place.
+    fn fork_taken(&self) {}
+
+    /// Some of what was shared of which this process has its own copy now, in
+    /// DRAM. Does not wait.
+    fn filled(&self) -> Option<SharedRuns> {
+        None
+    }
 
     /// Waits for the next event.
     fn next_event(&self, timeout: Duration) -> Event;

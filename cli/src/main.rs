@@ -9,6 +9,7 @@ mod devices;
 mod doctor;
 mod emulate;
 mod failure;
+mod forks;
 mod generate;
 mod keeper;
 mod live;
@@ -61,6 +62,9 @@ enum Command {
     /// Write the man pages into a directory
     #[command(hide = true)]
     Man(generate::ManOptions),
+    /// Serve the forks of one process
+    #[command(hide = true)]
+    ServeForks(forks::Options),
 }
 
 fn main() -> ExitCode {
@@ -72,6 +76,7 @@ fn main() -> ExitCode {
         Command::Top(options) => top::top(&options).map(|()| 0),
         Command::Doctor(options) => doctor::doctor(&options),
         Command::Completions(options) => generate::completions(&options).map(|()| 0),
+        Command::ServeForks(options) => forks::serve(&options).map(|()| 0),
         Command::Man(options) => generate::man(&options).map(|()| 0),
         Command::Add(options) => orders::add(&options).map(|()| 0),
         Command::Release(options) => orders::release(&options).map(|()| 0),

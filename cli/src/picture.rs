@@ -64,6 +64,13 @@ pub(crate) fn status(status: &Status) -> String {
             Bytes(capacity.outgoing)
         );
     }
+    if capacity.forked > 0 {
+        line!(
+            out,
+            "forks     {} of what is leased is as it was at a fork, for parent and children",
+            Bytes(capacity.forked)
+        );
+    }
     if let Some(why) = &status.pressure.missing {
         line!(out, "pressure  on DRAM is not heard of: {why}");
     } else if status.pressure.seen > 0 {

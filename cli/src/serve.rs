@@ -12,6 +12,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use uuid::Uuid;
 
 use crate::failure::Failure;
+use crate::forks;
 use crate::marks::Marks;
 use crate::signals::Signals;
 use crate::size::Bytes;
@@ -66,6 +67,7 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
         admit,
         policy,
         restarts: options.worker.unwrap_or(0),
+        serve_family: forks::start,
         ..BrokerConfig::default()
     };
     raise_descriptor_limit();
@@ -163,7 +165,7 @@ fn serving(what: &str) -> io::Result<()> {
 
 /// A client takes three descriptors; the usual soft limit is for programs that
 /// use select(2).
-fn raise_descriptor_limit() {
+pub(crate) fn raise_descriptor_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     // Where it stays as it is, fewer clients fit.

@@ -11,20 +11,25 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::time::Duration;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 
 use allocator::source::{
-    Event, ExtentSource, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome, Refusal, SharedLease,
-    WindowRange,
+    ANCESTORS, Event, ExtentSource, Inherited, RANGES_PER_EVENT, Ranges, Recall, RecallOutcome,
+    Refusal, SharedLease, SharedRun, SharedRuns, WindowRange,
 };
 use allocator::space::keep_private;
 use allocator::stats::Stats;
 use allocator::{SharedError, SharedExtents, SpillState, Tag};
-use dax_backend::broker::client::{ConnectError, Welcome};
+use dax_backend::broker::client::{
+    ConnectError, FamilyLine, ForkLine, Heard, SharedRuns as WireRuns, Welcome,
+};
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
     DEGRADED_NO_RING, DEGRADED_NO_SPILL,
 };
-use dax_backend::broker::protocol::{RefusalReason, WindowRange as WireRange};
+use dax_backend::broker::protocol::{
+    RefusalReason, SharedRun as WireRun, WindowRange as WireRange,
+};
 use dax_backend::broker::{
     BrokerClient, ClientPageMapping, FromBroker, RecallOutcome as WireOutcome, SharedMapping,
     SharedOpenError, StallTimes,
@@ -44,6 +49,10 @@ pub struct BrokerSource {
     userfaultfd: Option<OwnedFd>,
     /// The `dcm run` that this process belongs to.
     run: u128,
+    /// Where the worker speaks around forks.
+    line: OnceLock<ForkLine>,
+    /// Where it hears of what it inherited.
+    ancestors: [OnceLock<FamilyLine>; ANCESTORS],
     /// The worker has a descriptor table of its own.
     apart: AtomicBool,
     rejoin: Rejoin,
@@ -87,6 +96,8 @@ impl BrokerSource {
             window,
             userfaultfd,
             run,
+            line: OnceLock::new(),
+            ancestors: [const { OnceLock::new() }; ANCESTORS],
             apart: AtomicBool::new(false),
             rejoin,
         })
@@ -241,6 +252,90 @@ impl ExtentSource for BrokerSource {
         self.client.answer_recall(id, &outcome).is_ok()
     }
 
+    fn serve_forks(&self, userfaultfd: BorrowedFd<'_>, mark: usize) -> bool {
+        // In the program's table it could be closed, and its number reused.
+        if !self.apart.load(Ordering::Acquire) {
+            return false;
+        }
+        let line = self.client.serve_forks(userfaultfd, mark as u64);
+        line.is_ok_and(|line| self.line.set(line).is_ok())
+    }
+
+    fn join_family(&self, line: u8, name: [u64; 2]) -> bool {
+        let slot = self.ancestors.get(usize::from(line));
+        let joined = self.client.join_family(name);
+        slot.is_some_and(|slot| joined.is_ok_and(|joined| slot.set(joined).is_ok()))
+    }
+
+    fn inherited(&self, line: u8) -> Inherited {
+        let slot = self.ancestors.get(usize::from(line));
+        let heard = slot.and_then(OnceLock::get).map(FamilyLine::heard);
+        match heard {
+            None | Some(Heard::Nothing) => Inherited::Nothing,
+            Some(Heard::Filled(runs)) => Inherited::Filled(shared(&runs)),
+            Some(Heard::All) => Inherited::All,
+        }
+    }
+
+    fn fork_begin(&self, filled: &mut dyn FnMut(&SharedRuns)) -> bool {
+        let line = self.line.get();
+        line.is_some_and(|line| line.begin(&mut |runs| filled(&shared(runs))).is_ok())
+    }
+
+    fn fork_share(&self, next: &dyn Fn(usize) -> Option<SharedRun>) -> bool {
+        let next_wire = |from: u64| {
+            next(from as usize).map(|run| WireRun {
+                addr: run.addr as u64,
+                offset: run.offset,
+                len: run.len as u64,
+            })
+        };
+        let line = self.line.get();
+        if line.is_none_or(|line| line.share(&next_wire).is_err()) {
+            return false;
+        }
+        // Only now: a broker that comes next is told of what is still a lease.
+        let mut from = 0;
+        while let Some(run) = next_wire(from) {
+            self.rejoin.leases.remove(run.window());
+            from = run.addr + run.len;
+        }
+        true
+    }
+
+    fn fork_end(&self) {
+        if let Some(line) = self.line.get() {
+            let _ = line.end();
+        }
+    }
+
+    fn fork_take(&self, filled: &mut dyn FnMut(&SharedRuns)) -> Option<SharedRuns> {
+        let line = self.line.get()?;
+        let filled = &mut |runs: &WireRuns| filled(&shared(runs));
+        let offered = line.offered(filled).ok()?;
+        // First: a broker that comes next may have booked it already.
+        for run in offered.as_slice() {
+            self.rejoin.leases.add(run.window());
+        }
+        if line.take(&offered, filled).is_err() {
+            for run in offered.as_slice() {
+                self.rejoin.leases.remove(run.window());
+            }
+            return None;
+        }
+        Some(shared(&offered)).filter(|runs| !runs.as_slice().is_empty())
+    }
+
+    fn fork_taken(&self) {
+        if let Some(line) = self.line.get() {
+            let _ = line.taken();
+        }
+    }
+
+    fn filled(&self) -> Option<SharedRuns> {
+        self.line.get()?.filled().map(|runs| shared(&runs))
+    }
+
     fn next_event(&self, timeout: Duration) -> Event {
         if !self.rejoin.is_here() {
             let socket = self.client.fd().as_raw_fd();
@@ -376,6 +471,14 @@ fn to_wire(ranges: &Ranges) -> [WireRange; RANGES_PER_EVENT] {
         };
     }
     wire
+}
+
+fn shared(wire: &WireRuns) -> SharedRuns {
+    SharedRuns::new(wire.as_slice().iter().map(|run| SharedRun {
+        addr: run.addr as usize,
+        offset: run.offset,
+        len: run.len as usize,
+    }))
 }
 
 fn from_wire(wire: &[WireRange]) -> Ranges {

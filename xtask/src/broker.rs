@@ -56,6 +56,11 @@ impl Broker {
         })
     }
 
+    /// The process that was started: the keeper.
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Has it end as an operator would, or as `kill -9` does.
     pub(crate) fn end(self, signal: Signal) -> Result<()> {
         let pid = Pid::from_raw(self.process.id().cast_signed()).context("no process")?;

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 
 use crate::evacuation::Evacuator;
 use crate::heap::Heap;
+use crate::sharing::Sharing;
 use crate::source::{ExtentSource, Ranges, Recall};
 use crate::space::{LOTS, Lot};
 use crate::stats::{Stalls, Stats};
@@ -64,6 +65,7 @@ pub(crate) struct Service {
     stalls: Lock<Stalls>,
     /// How far system calls were restricted when this child was made.
     sandbox: AtomicI32,
+    sharing: Sharing,
 }
 
 /// Values of [`Service::fork`].
@@ -94,6 +96,7 @@ impl Service {
             evacuator: Lock::new(None),
             stalls: Lock::new(Stalls::NONE),
             sandbox: AtomicI32::new(0),
+            sharing: Sharing::new(),
         }
     }
 
@@ -127,8 +130,9 @@ impl Service {
         self.running.load(Ordering::Acquire)
     }
 
-    /// In a child: there are no threads, and the source is the parent's.
-    pub(crate) fn forget(&self) {
+    /// In a child, or without threads: there are none, and the source is not
+    /// this process's. Returns which ancestor left what is behind placeholders.
+    pub(crate) fn forget(&self) -> u8 {
         for flag in [
             &self.running,
             &self.alive,
@@ -163,6 +167,7 @@ impl Service {
             counter.store(0, Ordering::Relaxed);
         }
         self.sandbox.store(sandbox(), Ordering::Relaxed);
+        self.sharing.forget()
     }
 
     /// In a child that needs an extent for the first time: starts a worker,

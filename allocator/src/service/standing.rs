@@ -1,5 +1,5 @@
-//! Standing still for a fork: everything live is moved off extents, and the
-//! worker waits until the child is made.
+//! Standing still for a fork: everything live on extents is shared or moved,
+//! and the worker waits until the child is made.
 #![forbid(unsafe_code)]
 
 use core::sync::atomic::Ordering;
@@ -7,15 +7,21 @@ use core::time::Duration;
 use std::time::Instant;
 
 use super::{RUNNING, STOP, STOPPED, Service, TICK_QUIET};
+use crate::config::ForkPolicy;
 use crate::heap::Heap;
+use crate::sharing::Asides;
 use crate::source::ExtentSource;
 
 /// A fork does not wait for longer than this for extents to be emptied: a GiB
 /// takes a second at worst.
 const FORK_PATIENCE: Duration = Duration::from_secs(60);
 
+/// Who forks by moving its heap often forks again at once: so many ticks. But
+/// one that forks every second is not to have its heap in DRAM for ever.
+const RESTRAINT: u32 = 4;
+
 impl Service {
-    /// Empties every extent of the heap into DRAM and holds the worker, so
+    /// Shares or moves what is live on extents and holds the worker, so
     /// that a child made now inherits all of the heap, and no granule in
     /// flight. Until [`Service::resume`] new granules are DRAM.
     pub(crate) fn stop(&self, heap: &Heap) {
@@ -43,14 +49,13 @@ impl Service {
         heap.space().set_extents_closed(false);
     }
 
-    /// The worker's side of [`Service::stop`].
-    pub(super) fn stand_still(&self, heap: &Heap, source: &dyn ExtentSource) -> bool {
+    /// The worker's side of [`Service::stop`]: for so many ticks after a fork
+    /// nothing comes back to extents. `None`: there was none.
+    pub(super) fn stand_still(&self, heap: &Heap, source: &dyn ExtentSource) -> Option<u32> {
         if self.fork.load(Ordering::Acquire) != STOP {
-            return false;
+            return None;
         }
-        if let Some(evacuator) = self.evacuator.lock().as_mut() {
-            evacuator.clear(heap, source);
-        }
+        let shared = self.share_or_move(heap, source);
         let _ = self
             .fork
             .compare_exchange(STOP, STOPPED, Ordering::AcqRel, Ordering::Relaxed);
@@ -61,6 +66,28 @@ impl Service {
                 self.forking.wait(seen, TICK_QUIET);
             }
         }
-        true
+        let restraint = match shared {
+            Some(asides) => {
+                source.fork_end();
+                drop(asides);
+                0
+            }
+            None => RESTRAINT,
+        };
+        Some(restraint)
+    }
+
+    /// Provides for a child. Something if the source is to hear of the end of
+    /// the fork.
+    fn share_or_move(&self, heap: &Heap, source: &dyn ExtentSource) -> Option<Asides> {
+        let policy = heap.config().fork;
+        let mut evacuator = self.evacuator.lock();
+        let evacuator = evacuator.as_mut().filter(|_| policy != ForkPolicy::None)?;
+        let shared = match policy {
+            ForkPolicy::Lazy => self.sharing.share(heap, source, evacuator),
+            _ => None,
+        };
+        evacuator.clear(heap, source);
+        shared
     }
 }

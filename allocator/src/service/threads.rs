@@ -86,6 +86,7 @@ pub(super) extern "C" fn newborn(heap: *mut c_void) -> *mut c_void {
         service.running.store(true, Ordering::Release);
         service.alive.store(true, Ordering::Release);
     }
+    service.sharing.join(heap, source);
     // Where they can't be told of losses, nothing becomes zeroes.
     let _ = callbacks().start_again();
     if spawn(listener, heap).is_err() || (spills && spawn(restorer, heap).is_err()) {
@@ -108,7 +109,10 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
     let mut ticks = 0u32;
     loop {
         let seen = heap.wanted().read();
-        if service.stand_still(heap, source) || service.trimmed(heap, source) {
+        if let Some(ticks) = service.stand_still(heap, source) {
+            restraint = restraint.max(ticks);
+        }
+        if service.trimmed(heap, source) {
             restraint = RESTRAINT;
         }
         if service.plenty.swap(false, Ordering::AcqRel) {
@@ -153,6 +157,7 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
             forgiven = Instant::now();
             heap.space().forgive();
         }
+        service.sharing.hear(heap, source);
         if let Some(evacuator) = service.evacuator.lock().as_mut() {
             evacuator.sweep(heap);
             if restraint == 0 && service.is_running() {

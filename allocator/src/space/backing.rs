@@ -172,6 +172,9 @@ impl State {
         let (backing, stays, empty) = (granule.backing, granule.stays(), granule.live.is_empty());
         let bytes = (pages * PAGE) as u64;
         match backing {
+            // What is dropped would come back as it was at the fork.
+            Backing::Original(_) => self.usage.extent_live -= bytes,
+            Backing::Inherited(_) => self.usage.inherited -= bytes,
             Backing::Extent(_) => {
                 granule.idle_since = tick;
                 // In a child that lost its extents they count for nothing.

@@ -13,6 +13,9 @@ pub const PAGE: usize = 4096;
 /// Pages of a granule.
 pub const PAGES_PER_GRANULE: usize = GRANULE / PAGE;
 
+/// See [`Backing::Inherited`].
+pub const NO_LINE: u8 = u8::MAX;
+
 /// What is behind a granule's addresses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Backing {
@@ -25,6 +28,12 @@ pub enum Backing {
     /// A file, and a placeholder on which every access waits until the content
     /// is back: always in flight.
     Spilled,
+    /// The extent at this offset (bytes) as it was when this process forked:
+    /// behind a placeholder that the source serves, and no lease.
+    Original(u64),
+    /// As `Original`, of an ancestor that forked: its number among those that
+    /// left some, or [`NO_LINE`] if nobody says when this process has its copy.
+    Inherited(u8),
     /// An extent that a forked child does not have: inaccessible.
     Lost,
 }

@@ -24,6 +24,7 @@ mod pagemap;
 mod pinning;
 mod pool;
 pub mod rebind;
+mod sharing;
 mod spilled;
 mod table;
 
@@ -32,7 +33,7 @@ use core::sync::atomic::{
 };
 use rustix::io::Errno;
 
-pub use granule::{Backing, Domain, GRANULE, Owner, PAGE, PAGES_PER_GRANULE, Tier};
+pub use granule::{Backing, Domain, GRANULE, NO_LINE, Owner, PAGE, PAGES_PER_GRANULE, Tier};
 pub(crate) use losing::Fate;
 pub use lots::{LOTS, Lot};
 pub use map::keep_private;
@@ -42,7 +43,7 @@ pub use pagemap::PageMap;
 pub use pinning::MAX_PINS;
 pub(crate) use pinning::{Pinned, TryPin};
 
-use crate::source::{Ranges, WindowRange};
+use crate::source::{Ranges, SharedRun, WindowRange};
 use crate::sync::Lock;
 use pool::wants;
 use table::State;
@@ -72,13 +73,16 @@ pub struct Usage {
     pub dram_held: u64,
     /// Of `extent_held`: leased and unused, mapped or not.
     pub idle: u64,
+    /// In use by the engine, on extents of an ancestor that forked: copied to
+    /// DRAM when it is touched.
+    pub inherited: u64,
     /// In use by the engine, in the file.
     pub spilled: u64,
     /// Granules of which the content is in the file.
     pub spilled_held: u64,
-    /// The most that `extent_live + dram_live` ever was.
+    /// The most that all in use by the engine ever was.
     pub live_peak: u64,
-    /// What `extent_live` was at that moment.
+    /// What `extent_live + inherited` was at that moment.
     pub extent_live_at_peak: u64,
     /// The most that `extent_live` ever was.
     pub extent_live_peak: u64,
@@ -98,6 +102,7 @@ impl Usage {
         extent_held: 0,
         dram_held: 0,
         idle: 0,
+        inherited: 0,
         spilled: 0,
         spilled_held: 0,
         live_peak: 0,
@@ -110,10 +115,11 @@ impl Usage {
 
     /// Remembers the highest water.
     fn note_peaks(&mut self) {
-        let live = self.extent_live + self.dram_live + self.spilled;
+        let on_extents = self.extent_live + self.inherited;
+        let live = on_extents + self.dram_live + self.spilled;
         if live > self.live_peak {
             self.live_peak = live;
-            self.extent_live_at_peak = self.extent_live;
+            self.extent_live_at_peak = on_extents;
         }
         self.extent_live_peak = self.extent_live_peak.max(self.extent_live);
         self.dram_live_peak = self.dram_live_peak.max(self.dram_live);
@@ -580,7 +586,9 @@ impl Space {
     /// emptied, and granules on extents are not this process's any more. No
     /// mapping was inherited there, and none may come to lie there by chance:
     /// what was live is inaccessible from now on.
-    pub fn disown_extents(&self) {
+    ///
+    /// What it inherits behind placeholders is of ancestor `line`.
+    pub fn disown_extents(&self, line: u8) {
         let mut state = self.state.lock();
         for pool in &mut state.pools {
             while pool.take().is_some() {}
@@ -592,8 +600,10 @@ impl Space {
             index = run.end;
             state.disown(run);
         }
+        let inherited = state.inherit_originals(line);
         let usage = &mut state.usage;
         *usage = Usage {
+            inherited,
             dram_live: usage.dram_live,
             dram_held: usage.dram_held,
             ..Usage::NEW

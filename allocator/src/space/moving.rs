@@ -356,7 +356,7 @@ impl State {
                 usage.spilled -= live;
                 usage.spilled_held -= GRANULE as u64;
             }
-            Backing::None | Backing::Lost => {}
+            Backing::None | Backing::Original(_) | Backing::Inherited(_) | Backing::Lost => {}
         }
     }
 
@@ -374,7 +374,7 @@ impl State {
                 // What was freed while it was written.
                 self.spilled_freed = true;
             }
-            Backing::None | Backing::Lost => {}
+            Backing::None | Backing::Original(_) | Backing::Inherited(_) | Backing::Lost => {}
         }
     }
 

@@ -440,7 +440,8 @@ impl State {
         let backing = granule.backing;
         let bytes = (pages * PAGE) as u64;
         match backing {
-            Backing::Extent(_) => self.usage.extent_live += bytes,
+            Backing::Extent(_) | Backing::Original(_) => self.usage.extent_live += bytes,
+            Backing::Inherited(_) => self.usage.inherited += bytes,
             _ => self.usage.dram_live += bytes,
         }
         if was_idle {

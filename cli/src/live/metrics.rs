@@ -114,6 +114,11 @@ fn capacity(page: &mut Page, status: &Status) {
         page.sample("capacity_bytes", &[("state", state)], bytes);
     }
     page.gauge(
+        "capacity_forked_bytes",
+        "Leased, and as it was when a process forked, for parent and children.",
+        capacity.forked,
+    );
+    page.gauge(
         "capacity_outgoing_bytes",
         "Leased or free, and on its way back to the device.",
         capacity.outgoing,

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
+    socketpair,
 };
 use thiserror::Error;
 
@@ -21,9 +22,9 @@ use super::client_page::ClientPageMapping;
 use super::outcome::RecallOutcome;
 use super::peer::Peer;
 use super::protocol::{
-    GRANT_EXHAUSTED, GRANT_LAST, GRANULE, HELD_LAST, Kind, MAX_RANGES, Message, RECALL_LOST,
-    RECALL_PAST_DEADLINE, RECALL_UNUSED, Ranges, RefusalReason, RefusedCode, Role,
-    WELCOME_USERFAULTFD, WindowRange,
+    FORK_LAST, GRANT_EXHAUSTED, GRANT_LAST, GRANULE, HELD_LAST, Kind, MAX_RANGES, MAX_RUNS,
+    Message, RECALL_LOST, RECALL_PAST_DEADLINE, RECALL_UNUSED, Ranges, RefusalReason, RefusedCode,
+    Role, SharedRun, WELCOME_USERFAULTFD, WindowRange,
 };
 use super::socket::{Descriptors, SocketError, readable, receive_message, send_message};
 use crate::extent::ExtentTag;
@@ -32,6 +33,8 @@ use crate::extent::ExtentTag;
 /// message: it may be waiting for its device, which has 2 s for a command
 /// (CXL r3.1 8.2.8.4, mailbox command time-out).
 const PATIENCE: Duration = Duration::from_secs(4);
+/// As long may whoever serves forks be busy with copies.
+const LINE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why there is no connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -144,6 +147,195 @@ pub enum FromBroker {
     CapacityAvailable,
     /// The host is short of DRAM.
     DramShort,
+}
+
+/// Runs of one message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedRuns {
+    runs: [SharedRun; MAX_RUNS],
+    len: usize,
+}
+
+impl SharedRuns {
+    fn of(message: &Message) -> Self {
+        let mut runs = [SharedRun::default(); MAX_RUNS];
+        let shared = message.shared_runs();
+        let len = shared.len();
+        runs.iter_mut().zip(shared).for_each(|(to, run)| *to = run);
+        Self { runs, len }
+    }
+
+    /// The runs.
+    pub fn as_slice(&self) -> &[SharedRun] {
+        &self.runs[..self.len]
+    }
+}
+
+/// Where a client speaks around its forks; see [`Kind::ForkSetUp`].
+#[derive(Debug)]
+pub struct ForkLine {
+    client: BrokerClient,
+}
+
+impl ForkLine {
+    /// The socket.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.client.fd()
+    }
+
+    /// A fork is near. Until its end nothing is filled as far as this process
+    /// is told; `filled` hears of what was before.
+    ///
+    /// # Errors
+    /// Nobody serves forks any more.
+    pub fn begin(&self, filled: &mut dyn FnMut(&SharedRuns)) -> Result<(), ClientError> {
+        self.client.send(&Message::new(Kind::ForkBegin), &[])?;
+        self.answer(Some(LINE_PATIENCE), filled)
+    }
+
+    /// Shares all runs, which are covered by placeholders: `next` gives the
+    /// first at an address or after it. Waits as long as there is somebody to
+    /// answer, because until then nobody can say whose they are.
+    ///
+    /// # Errors
+    /// They are not shared.
+    pub fn share(&self, next: &dyn Fn(u64) -> Option<SharedRun>) -> Result<(), ClientError> {
+        let mut runs = [SharedRun::default(); MAX_RUNS];
+        let mut from = 0;
+        loop {
+            let mut count = 0;
+            while count < MAX_RUNS
+                && let Some(run) = next(from)
+            {
+                from = run.addr + run.len;
+                runs[count] = run;
+                count += 1;
+            }
+            let last = count < MAX_RUNS;
+            let message = Message::new(Kind::ForkShare)
+                .with_flags(if last { FORK_LAST } else { 0 })
+                .with_runs(&runs[..count]);
+            self.client.send(&message, &[])?;
+            if last {
+                return self.answer(None, &mut |_| ());
+            }
+        }
+    }
+
+    /// The fork is over.
+    ///
+    /// # Errors
+    /// Nobody serves forks any more.
+    pub fn end(&self) -> Result<(), ClientError> {
+        self.client.send(&Message::new(Kind::ForkEnd), &[])
+    }
+
+    /// Some of what was shared that nobody else needs; may be none.
+    ///
+    /// # Errors
+    /// Nobody serves forks any more.
+    pub fn offered(&self, filled: &mut dyn FnMut(&SharedRuns)) -> Result<SharedRuns, ClientError> {
+        self.client.send(&Message::new(Kind::ForkTake), &[])?;
+        self.answered(Some(LINE_PATIENCE), filled)
+    }
+
+    /// Takes what was [`offered`](Self::offered) back as leases. Who touches it
+    /// waits until [`Self::taken`].
+    ///
+    /// # Errors
+    /// Not now: somebody needs it, or it is being asked back.
+    pub fn take(
+        &self,
+        runs: &SharedRuns,
+        filled: &mut dyn FnMut(&SharedRuns),
+    ) -> Result<(), ClientError> {
+        if runs.len == 0 {
+            return Ok(());
+        }
+        let message = Message::new(Kind::ForkTake).with_runs(runs.as_slice());
+        self.client.send(&message, &[])?;
+        // Without limit: until it is answered nobody can say whose it is.
+        self.answer(None, filled)
+    }
+
+    /// What was taken is in place.
+    ///
+    /// # Errors
+    /// Nobody serves forks any more.
+    pub fn taken(&self) -> Result<(), ClientError> {
+        self.client.send(&Message::new(Kind::ForkTaken), &[])
+    }
+
+    /// What has been filled, one message of it; does not wait.
+    pub fn filled(&self) -> Option<SharedRuns> {
+        let none = &mut Descriptors::default();
+        let message = self.client.receive(Some(Duration::ZERO), none).ok()??;
+        (message.kind() == Some(Kind::ForkFilled)).then(|| SharedRuns::of(&message))
+    }
+
+    fn answer(
+        &self,
+        patience: Option<Duration>,
+        filled: &mut dyn FnMut(&SharedRuns),
+    ) -> Result<(), ClientError> {
+        self.answered(patience, filled).map(drop)
+    }
+
+    fn answered(
+        &self,
+        patience: Option<Duration>,
+        filled: &mut dyn FnMut(&SharedRuns),
+    ) -> Result<SharedRuns, ClientError> {
+        loop {
+            let none = &mut Descriptors::default();
+            let message = self.client.receive(patience, none)?;
+            let message = message.ok_or(ClientError::Unexpected)?;
+            match message.kind() {
+                Some(Kind::ForkFilled) => filled(&SharedRuns::of(&message)),
+                Some(Kind::ForkAnswer) if message.arg(0) == 0 => {
+                    return Ok(SharedRuns::of(&message));
+                }
+                _ => return Err(ClientError::Unexpected),
+            }
+        }
+    }
+}
+
+/// What a descendant hears of what it inherited.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "whoever hears it may not allocate, and looks at it at once"
+)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard {
+    /// Nothing new.
+    Nothing,
+    /// It has copies of these in DRAM, and nobody waits on them any more.
+    Filled(SharedRuns),
+    /// Of everything.
+    All,
+}
+
+/// Where a descendant hears of what it inherited; see [`Kind::ForkJoin`].
+#[derive(Debug)]
+pub struct FamilyLine {
+    client: BrokerClient,
+}
+
+impl FamilyLine {
+    /// What there is to hear; does not wait.
+    pub fn heard(&self) -> Heard {
+        let none = &mut Descriptors::default();
+        let message = self.client.receive(Some(Duration::ZERO), none);
+        match message.ok().flatten() {
+            Some(message) => match message.kind() {
+                Some(Kind::ForkFilled) => Heard::Filled(SharedRuns::of(&message)),
+                Some(Kind::ForkEnded) => Heard::All,
+                _ => Heard::Nothing,
+            },
+            None => Heard::Nothing,
+        }
+    }
 }
 
 /// The connection. Sending is atomic per message, so threads may share it;
@@ -323,6 +515,38 @@ impl BrokerClient {
     pub fn answer_recall(&self, id: u64, outcome: &RecallOutcome) -> Result<(), ClientError> {
         let message = Message::new(Kind::RecallAnswer).with_id(id);
         self.send(&outcome.write(message), &[])
+    }
+
+    /// Hears of what this process inherited from an ancestor that forked, which
+    /// shows it `name`.
+    pub fn join_family(&self, name: [u64; 2]) -> Result<FamilyLine, ClientError> {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let message = Message::new(Kind::ForkJoin)
+            .with_arg(0, name[0])
+            .with_arg(1, name[1]);
+        self.send(&message, &[theirs.as_fd()])?;
+        let client = Self { socket: ours };
+        Ok(FamilyLine { client })
+    }
+
+    /// Has the broker serve this process's forks, with `userfaultfd`: a new
+    /// one, on which no `UFFDIO_API` was done. `mark`: see [`Kind::ForkSetUp`].
+    pub fn serve_forks(
+        &self,
+        userfaultfd: BorrowedFd<'_>,
+        mark: u64,
+    ) -> Result<ForkLine, ClientError> {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let message = Message::new(Kind::ForkSetUp).with_arg(0, mark);
+        self.send(&message, &[userfaultfd, theirs.as_fd()])?;
+        drop(theirs);
+        let line = ForkLine {
+            client: Self { socket: ours },
+        };
+        line.answer(Some(LINE_PATIENCE), &mut |_| ())?;
+        Ok(line)
     }
 
     /// The next message; `None` when none came within `timeout` (`None`: no limit).

@@ -101,6 +101,10 @@ impl Broker {
         receipt.returned = receipt.asked.saturating_sub(receipt.refused_bytes());
         receipt.returned_free = receipt.returned;
         for (id, ranges) in told {
+            if id.is_family() {
+                self.lose_originals(id, &ranges);
+                continue;
+            }
             let Some(client) = self.clients.get_mut(&id) else {
                 continue;
             };

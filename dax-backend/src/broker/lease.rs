@@ -54,6 +54,10 @@ impl Slot {
     pub(super) fn is_free(self) -> bool {
         matches!(self, Self::Dirty | Self::Clean | Self::Warm)
     }
+
+    fn is_held_by(self, clients: &[ClientId]) -> bool {
+        matches!(self, Self::Leased(client) | Self::Lost(client) if clients.contains(&client))
+    }
 }
 
 /// Granules in each state.
@@ -331,6 +335,80 @@ impl LeaseTable {
         Ok(slots.map(|index| self.release_slot(index)).sum())
     }
 
+    /// Makes what `from` holds `to`'s, unless it is already; all of `ranges` or
+    /// nothing.
+    pub(super) fn hand_over(
+        &mut self,
+        from: ClientId,
+        to: ClientId,
+        ranges: &[WindowRange],
+    ) -> bool {
+        let ours = |range: &WindowRange| {
+            let mut slots = self.slots_of(*range).unwrap_or(0..0);
+            !slots.is_empty() && slots.all(|index| self.slots[index].is_held_by(&[from, to]))
+        };
+        if !ranges.iter().all(ours) {
+            return false;
+        }
+        for index in ranges.iter().flat_map(|range| granules(*range)) {
+            match self.slots[index] {
+                Slot::Lost(_) => self.set(index, Slot::Lost(to)),
+                _ => self.set(index, Slot::Leased(to)),
+            }
+        }
+        true
+    }
+
+    /// Ends what `client` holds of `ranges`; returns the bytes of leases.
+    pub(super) fn let_go(&mut self, client: ClientId, ranges: &[WindowRange]) -> u64 {
+        let mut bytes = 0;
+        for range in ranges {
+            for index in self.slots_of(*range).unwrap_or(0..0) {
+                if self.slots[index].is_held_by(&[client]) {
+                    bytes += self.release_slot(index);
+                }
+            }
+        }
+        bytes
+    }
+
+    /// Bytes leased to families.
+    pub(super) fn forked(&self) -> u64 {
+        let shared = |slot: &&Slot| matches!(slot, Slot::Leased(client) if client.is_family());
+        self.slots.iter().filter(shared).count() as u64 * GRANULE
+    }
+
+    /// Who holds anything.
+    pub(super) fn holders(&self) -> BTreeSet<ClientId> {
+        let holder = |slot: &Slot| match slot {
+            Slot::Leased(client) | Slot::Lost(client) => Some(*client),
+            _ => None,
+        };
+        self.slots.iter().filter_map(holder).collect()
+    }
+
+    /// What of `ranges` is asked back.
+    pub(super) fn marked_within(&self, ranges: &[WindowRange]) -> Vec<WindowRange> {
+        let mut marked = Vec::new();
+        for index in ranges.iter().flat_map(|range| granules(*range)) {
+            if self.outgoing[index] {
+                push_merged(&mut marked, range_of(index, 1));
+            }
+        }
+        marked
+    }
+
+    /// What `client` has leased, at most `bytes` of it.
+    pub(super) fn leased_by(&self, client: ClientId, bytes: u64) -> Vec<WindowRange> {
+        let leased = |index: &usize| self.slots[*index] == Slot::Leased(client);
+        let mut ranges = Vec::new();
+        let all = (0..self.slots.len()).filter(leased);
+        for index in all.take(bytes.div_ceil(GRANULE) as usize) {
+            push_merged(&mut ranges, range_of(index, 1));
+        }
+        ranges
+    }
+
     /// Ends all leases of `client`; returns their bytes.
     pub(super) fn end(&mut self, client: ClientId) -> u64 {
         let mut bytes = 0;
@@ -492,6 +570,10 @@ impl LeaseTable {
         let mut keeps = vec![false; self.slots.len()];
         for range in claimed {
             for index in self.slots_of(*range)? {
+                // What it has just shared it may not have struck out yet.
+                if self.slots[index].is_held_by(&[client.family()]) {
+                    continue;
+                }
                 if !held.contains(&self.slots[index]) {
                     let offset = range_of(index, 1).offset;
                     return Err(LeaseError::NotLeased { offset });

@@ -105,6 +105,11 @@ impl Mapping {
         self.len
     }
 
+    /// The address of the granule at `offset`, for the kernel to copy from.
+    pub(super) fn address(&self, offset: u64) -> u64 {
+        self.granule(offset).as_ptr() as u64
+    }
+
     fn granule(&self, offset: u64) -> NonNull<u8> {
         assert!(offset.is_multiple_of(GRANULE) && offset < self.len);
         // SAFETY: inside the mapping.

@@ -17,6 +17,7 @@
 //!   `refusal` says who kept what; `forced` is when nobody was asked.
 //! - [`store`] and `ledger` are what outlives this process, `rejoin` how clients
 //!   find back to the broker that comes after it.
+//! - `fork` serves the children of clients that fork.
 //! - `lease` and `outgoing` are the table of who holds which granule, without
 //!   any I/O; `liveness` says when a lease ends, `scrub` wipes what it leaves,
 //!   `warmer` has huge pages ready.
@@ -32,6 +33,7 @@ mod connection;
 mod driving;
 mod fabric;
 mod forced;
+mod fork;
 mod handover;
 mod helper;
 mod keeping;
@@ -66,6 +68,7 @@ mod warmer;
 
 pub use client::{BrokerClient, ClientError, ConnectError, FromBroker, Welcome};
 pub use client_page::{ClientPage, ClientPageMapping, ClientStats};
+pub use fork::{ForkFamily, ServeFamily, guard};
 pub use listener::{ListenError, Listener};
 pub use outcome::{RecallOutcome, StallTimes};
 pub use policy::{CapacityPolicy, PolicyError};

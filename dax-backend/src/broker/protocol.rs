@@ -25,6 +25,8 @@ pub const MAGIC: u32 = u32::from_le_bytes(*b"DCM1");
 pub const VERSION: u16 = 2;
 /// Ranges that fit into one message.
 pub const MAX_RANGES: usize = 28;
+/// Runs of shared granules that fit into one message: two ranges each.
+pub const MAX_RUNS: usize = MAX_RANGES / 2;
 
 /// [`Kind::Welcome`]: a third descriptor, `/dev/userfaultfd`, came along.
 pub const WELCOME_USERFAULTFD: u32 = 1 << 0;
@@ -42,6 +44,8 @@ pub const HELD_LAST: u32 = 1 << 0;
 pub const RECALL_LOST: u32 = 1 << 0;
 /// [`Kind::Recall`]: at the deadline the client answers and goes on.
 pub const RECALL_PAST_DEADLINE: u32 = 1 << 1;
+/// [`Kind::ForkShare`], [`Kind::ForkEvict`]: the list ends here.
+pub const FORK_LAST: u32 = 1 << 0;
 
 /// [`Kind::Recall`]: just what the client does not use, or what its program drops; nothing
 /// live is moved, and nothing refused. The broker keeps it, for others.
@@ -70,6 +74,37 @@ pub enum Kind {
     /// ranges: what a client that rejoins still has; the last message of the
     /// list, which may be empty, with [`HELD_LAST`].
     Held = 0x07,
+    /// Two descriptors: a new userfaultfd of the client, and a *line*, a socket
+    /// over which it speaks around forks, with the kinds below. That is
+    /// answered (or closed: forks are not served). arg0: the address of a page,
+    /// which shows to each descendant the two words of its [`Kind::ForkJoin`].
+    ForkSetUp = 0x08,
+    /// A fork is near: until its end nothing is [`Kind::ForkFilled`]. Answered.
+    ForkBegin = 0x09,
+    /// ranges: runs, see [`Message::shared_runs`]. They are covered by
+    /// placeholders, and leases no more. The last message of the list, which
+    /// may be empty, has [`FORK_LAST`] and is answered. Then from server to
+    /// broker, with ranges of the window; each is answered.
+    ForkShare = 0x0A,
+    /// The child is made, or is not.
+    ForkEnd = 0x0B,
+    /// Server to broker; ranges: nobody needs these any more.
+    ForkFree = 0x0C,
+    /// Server to broker; id, arg0 bytes: a [`Kind::ForkEvict`] is done.
+    ForkEvicted = 0x0D,
+    /// Server to broker: the family is no more. To a descendant: it has copies
+    /// of all that it inherited.
+    ForkEnded = 0x0E,
+    /// On a line; runs that were shared, which the client wants back as leases
+    /// of its own. Answered: not 0 if somebody else needs them still. Then from
+    /// server to broker, with ranges of the window; answered, too.
+    ForkTake = 0x0F,
+    /// On a line, after [`Kind::ForkTake`]: the client has them in place.
+    ForkTaken = 0x10,
+    /// arg0, arg1: what names a descendant of a client that forked. One
+    /// descriptor: a line on which it hears [`Kind::ForkFilled`], and at last
+    /// [`Kind::ForkEnded`]. Handed on to the server.
+    ForkJoin = 0x11,
     /// arg1/arg2 tag: its shared capacity is to be mapped read-only. [`Role::Reader`] only;
     /// answered by [`Kind::Shared`] or [`Kind::SharedRefused`].
     OpenShared = 0x20,
@@ -89,6 +124,15 @@ pub enum Kind {
     /// The host is short of DRAM: what lies there for want of extents should
     /// move to extents, and what is only kept should go.
     DramShort = 0x86,
+    /// arg0 0 ok, 1 refused. On a line, and from broker to server.
+    ForkAnswer = 0x89,
+    /// runs: the client has copies of these, in DRAM. On a line.
+    ForkFilled = 0x8A,
+    /// Broker to server; id; ranges: everybody is to have copies of these. The
+    /// last message of the list has [`FORK_LAST`].
+    ForkEvict = 0x8B,
+    /// Broker to server; ranges: the device has taken these by force.
+    ForkLost = 0x8C,
     /// arg0 0 ok, 1 error. One descriptor: a memfd with the JSON reply.
     AdminReply = 0x87,
     /// Before an [`Kind::AdminReply`] that takes time: arg0 bytes asked for,
@@ -112,6 +156,20 @@ impl Kind {
             0x05 => Self::AdminRequest,
             0x06 => Self::RecallRefused,
             0x07 => Self::Held,
+            0x08 => Self::ForkSetUp,
+            0x09 => Self::ForkBegin,
+            0x0A => Self::ForkShare,
+            0x0B => Self::ForkEnd,
+            0x0C => Self::ForkFree,
+            0x0D => Self::ForkEvicted,
+            0x0E => Self::ForkEnded,
+            0x0F => Self::ForkTake,
+            0x10 => Self::ForkTaken,
+            0x11 => Self::ForkJoin,
+            0x89 => Self::ForkAnswer,
+            0x8A => Self::ForkFilled,
+            0x8B => Self::ForkEvict,
+            0x8C => Self::ForkLost,
             0x20 => Self::OpenShared,
             0x81 => Self::Welcome,
             0x82 => Self::Refused,
@@ -158,6 +216,33 @@ impl WindowRange {
     /// First byte after the range; saturating, since a peer may send anything.
     pub fn end(&self) -> u64 {
         self.offset.saturating_add(self.len)
+    }
+}
+
+/// Neighbouring granules of a client's heap that show neighbouring granules of
+/// the window. All in bytes, multiples of [`GRANULE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SharedRun {
+    /// Address in the client.
+    pub addr: u64,
+    /// Offset into the window.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl SharedRun {
+    /// The part of the window that it shows.
+    pub fn window(&self) -> WindowRange {
+        WindowRange {
+            offset: self.offset,
+            len: self.len,
+        }
+    }
+
+    /// First byte of the window after it; saturating.
+    pub fn end(&self) -> u64 {
+        self.window().end()
     }
 }
 
@@ -279,6 +364,35 @@ impl Message {
     pub(super) fn numbers(&self) -> impl Iterator<Item = u64> {
         let pairs = self.ranges.iter();
         pairs.flat_map(|wire| [wire.offset.get(), wire.len.get()])
+    }
+
+    /// Sets the runs, each as two ranges; those beyond [`MAX_RUNS`] are left out.
+    pub fn with_runs(self, runs: &[SharedRun]) -> Self {
+        debug_assert!(runs.len() <= MAX_RUNS);
+        let mut ranges = [WindowRange::default(); MAX_RANGES];
+        let count = runs.len().min(MAX_RUNS) * 2;
+        for (pair, run) in ranges.chunks_exact_mut(2).zip(runs) {
+            pair[0] = WindowRange {
+                offset: run.addr,
+                len: run.len,
+            };
+            pair[1] = run.window();
+        }
+        self.with_ranges(&ranges[..count])
+    }
+
+    /// The runs: of each two ranges the first is addresses of the client, the
+    /// second as long a part of the window.
+    pub fn shared_runs(&self) -> impl ExactSizeIterator<Item = SharedRun> + Clone + use<> {
+        let ranges = self.ranges();
+        (0..ranges.as_slice().len() / 2).map(move |i| {
+            let pair = &ranges.as_slice()[2 * i..2 * i + 2];
+            SharedRun {
+                addr: pair[0].offset,
+                offset: pair[1].offset,
+                len: pair[0].len.min(pair[1].len),
+            }
+        })
     }
 
     /// Checks `bytes` and reads them.

@@ -427,6 +427,15 @@ impl Broker {
             .collect();
         let held: u64 = holders.iter().map(|(_, leased)| leased).sum();
         let mut left = missing;
+        // What forks hold is no client's live data, or is so on its way to DRAM.
+        for (family, ranges) in self.originals(left) {
+            let bytes: u64 = ranges.iter().map(|range| range.len).sum();
+            if left > 0 && !recall.spent.contains(&family) {
+                left = left.saturating_sub(bytes);
+                recall.spent.insert(family);
+                self.ask_family(recall, family, &ranges);
+            }
+        }
         for (id, leased) in holders {
             if left == 0 {
                 break;
@@ -445,6 +454,10 @@ impl Broker {
             wanted.entry(client).or_default().push(range);
         }
         for (client, ranges) in wanted {
+            if client.is_family() {
+                self.ask_family(recall, client, &ranges);
+                continue;
+            }
             if self
                 .clients
                 .get(&client)
@@ -457,6 +470,33 @@ impl Broker {
                 self.ask(recall, client, bytes, chunk, now);
             }
         }
+    }
+
+    fn ask_family(&mut self, recall: &mut ActiveRecall, family: ClientId, ranges: &[WindowRange]) {
+        self.recalls.messages += 1;
+        let id = self.recalls.messages;
+        let bytes = ranges.iter().map(|range| range.len).sum();
+        self.evict(family, id, ranges);
+        let ask = Ask {
+            client: family,
+            bytes,
+            refused: 0,
+        };
+        recall.waiting.insert(id, ask);
+        recall.asked = true;
+    }
+
+    /// A client has made originals of what is being asked back: its family is
+    /// asked for them.
+    pub(super) fn recall_shared(&mut self, family: ClientId, shared: &[WindowRange]) {
+        let Some(mut recall) = self.recalls.active.take() else {
+            return;
+        };
+        let marked = self.table.marked_within(shared);
+        if !marked.is_empty() && !recall.closing {
+            self.ask_family(&mut recall, family, &marked);
+        }
+        self.recalls.active = Some(recall);
     }
 
     fn ask(

@@ -219,6 +219,7 @@ impl Broker {
         let leased = bytes(counts.leased);
         let whole: usize = self.table.extents.iter().map(|extent| extent.count).sum();
         Capacity {
+            forked: self.table.forked(),
             accepted,
             leased,
             free,

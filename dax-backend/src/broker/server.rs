@@ -17,6 +17,7 @@ use super::connection::{Connection, ConnectionId, Phase};
 use super::driving::DeviceThread;
 use super::fabric::FabricThread;
 use super::forced::PendingForce;
+use super::fork::{ForkFamily, Forks, ServeFamily};
 use super::handover::Leaving;
 use super::lease::{ClientId, LeaseTable, Synced};
 use super::ledger::Ledger;
@@ -72,6 +73,8 @@ pub struct BrokerConfig {
     pub policy: Option<CapacityPolicy>,
     /// How many brokers over the same device have died before this one.
     pub restarts: u64,
+    /// What serves the children of clients that fork.
+    pub serve_family: ServeFamily,
 }
 
 impl Default for BrokerConfig {
@@ -82,6 +85,7 @@ impl Default for BrokerConfig {
             warm_reserve: 128 << 20,
             policy: None,
             restarts: 0,
+            serve_family: ForkFamily::serve_on_thread,
         }
     }
 }
@@ -98,6 +102,7 @@ pub struct Broker {
     pub(super) readers: Readers,
     pub(super) runs: Runs,
     pub(super) recalls: Recalls,
+    pub(super) forks: Forks,
     pub(super) adds: Vec<PendingAdd>,
     pub(super) forces: Vec<PendingForce>,
     pub(super) policy: Policy,
@@ -182,6 +187,7 @@ impl Broker {
             readers: Readers::default(),
             runs: Runs::default(),
             recalls: Recalls::default(),
+            forks: Forks::default(),
             adds: Vec::new(),
             forces: Vec::new(),
             policy: Policy::new(config.policy),
@@ -209,6 +215,7 @@ impl Broker {
         };
         broker.adopt_clients(now);
         broker.adopt_readers(now);
+        broker.adopt_families();
         let synced = broker.sync_capacity();
         if synced.has_lost() {
             broker.taken_by_force(&[], &synced, now);
@@ -228,7 +235,7 @@ impl Broker {
     /// # Errors
     /// Only what makes serving impossible: poll(2) itself failing.
     pub fn serve(&mut self, listener: &Listener, stop: &Stop) -> Result<(), Errno> {
-        while !stop.reached(self.clients.is_empty()) {
+        while !stop.reached(self.clients.is_empty() && self.forks.is_empty()) {
             self.turn(listener, stop)?;
         }
         Ok(())
@@ -238,6 +245,7 @@ impl Broker {
     fn turn(&mut self, listener: &Listener, stop: &Stop) -> Result<(), Errno> {
         let ready = self.wait(listener, stop)?;
         let now = Instant::now();
+        self.hear_families(now);
         if ready.listener {
             self.accept(listener, now);
         }
@@ -285,6 +293,7 @@ impl Broker {
         if let Some(fabric) = &self.fabric {
             fds.push(PollFd::new(fabric, PollFlags::IN));
         }
+        fds.extend(self.forks.poll_fds());
         if let Some(warmer) = &self.warmer {
             fds.push(PollFd::new(warmer, PollFlags::IN));
         }

@@ -164,6 +164,10 @@ impl Broker {
             (Phase::Client(client), Some(Kind::Lease)) => {
                 self.lease_requested(client, message);
             }
+            (Phase::Client(client), Some(Kind::ForkSetUp)) => {
+                self.fork_set_up(client, message.arg(0), fds);
+            }
+            (Phase::Client(_), Some(Kind::ForkJoin)) => self.fork_join(message, fds),
             (Phase::Client(client), Some(Kind::Return)) => self.returned(client, message),
             (Phase::Client(client), Some(Kind::RecallAnswer)) => {
                 self.recall_answered(client, message, now);

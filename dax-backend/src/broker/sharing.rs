@@ -49,9 +49,9 @@ impl Reader {
         format!("{PAGES}{}-{}-{}-{tag}", id.0, self.pid, self.uid)
     }
 
-    /// The one whose page has this name.
+    /// The one whose page has this name, without [`PAGES`].
     fn named(name: &str) -> Option<(ReaderId, u32, u32, ExtentTag)> {
-        let mut fields = name.strip_prefix(PAGES)?.split('-');
+        let mut fields = name.split('-');
         let id = ReaderId(fields.next()?.parse().ok()?);
         let (pid, uid) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
         let tag = ExtentTag::from(Uuid::try_parse(fields.next()?).ok()?);

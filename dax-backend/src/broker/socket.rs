@@ -90,11 +90,24 @@ pub(crate) fn receive_message(
     socket: BorrowedFd<'_>,
     fds: &mut Descriptors,
 ) -> Result<Message, SocketError> {
+    receive_with(socket, fds, RecvFlags::empty())
+}
+
+/// As [`receive_message`], and the message can be received again.
+pub(crate) fn peek_message(socket: BorrowedFd<'_>) -> Result<Message, SocketError> {
+    receive_with(socket, &mut Descriptors::default(), RecvFlags::PEEK)
+}
+
+fn receive_with(
+    socket: BorrowedFd<'_>,
+    fds: &mut Descriptors,
+    how: RecvFlags,
+) -> Result<Message, SocketError> {
     // One byte more than a message, so that a longer one shows.
     let mut bytes = [0u8; MESSAGE_SIZE + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT | how;
     let received = loop {
         let mut iov = [IoSliceMut::new(&mut bytes)];
         match recvmsg(socket, &mut iov, &mut control, flags) {

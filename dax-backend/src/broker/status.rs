@@ -79,6 +79,9 @@ pub struct Capacity {
     pub accepted: u64,
     /// Leased to processes.
     pub leased: u64,
+    /// Part of it: as it was when a process forked, for parent and children.
+    #[serde(default)]
+    pub forked: u64,
     /// Free; the three below are part of it.
     pub free: u64,
     /// Free, waiting to be wiped.
@@ -349,6 +352,9 @@ pub struct BrokerCounters {
     pub exhausted: u64,
     /// Recalls.
     pub recalls: u64,
+    /// Bytes of leases that forks made originals of.
+    #[serde(default)]
+    pub forked_bytes: u64,
     /// Bytes wiped.
     pub wiped_bytes: u64,
 }

@@ -185,10 +185,16 @@ impl Store {
         self.kept.remove(name)
     }
 
-    /// All that was kept under names that begin so, once.
+    /// All that was kept under names that begin with `prefix`, with the rest of
+    /// the name.
     pub fn take_all(&mut self, prefix: &str) -> Vec<(String, OwnedFd)> {
-        let taken = self.kept.extract_if(.., |name, _| name.starts_with(prefix));
-        taken.collect()
+        let names = self.kept.keys();
+        let names: Vec<String> = names.filter(|n| n.starts_with(prefix)).cloned().collect();
+        let take = |name: String| {
+            let fd = self.kept.remove(&name)?;
+            Some((name[prefix.len()..].to_owned(), fd))
+        };
+        names.into_iter().filter_map(take).collect()
     }
 
     /// The connection to the keeper.

@@ -279,7 +279,7 @@ fn broker_over(model: &SoftwareDevice, setup: &Setup, store: Store) -> Broker {
         recall_deadline: setup.recall_deadline,
         warm_reserve: 4 * GRANULE,
         policy: setup.policy,
-        restarts: 0,
+        ..BrokerConfig::default()
     };
     let orchestrator: Option<Box<dyn Orchestrator>> = match setup.orchestrator {
         true => Some(Box::new(fabric)),

@@ -10,6 +10,7 @@ mod crash_evacuation;
 mod docs;
 mod faces;
 mod forced;
+mod fork;
 mod format;
 mod guest;
 mod hazards;
@@ -115,6 +116,11 @@ pub(crate) const ALL: &[Rung] = &[
         name: "page",
         shows: "the live page in headless Chromium, in the middle of a storm of releases",
         run: page::run,
+    },
+    Rung {
+        name: "fork",
+        shows: "children share their parent's extents, through recalls and deaths of either",
+        run: fork::run,
     },
     Rung {
         name: "crash",

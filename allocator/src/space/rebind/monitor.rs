@@ -103,7 +103,7 @@ impl Monitor {
 }
 
 /// CLOCK_MONOTONIC in nanoseconds.
-pub(super) fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     let time = clock_gettime(ClockId::Monotonic);
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }

@@ -316,6 +316,18 @@ impl Mover {
         Ok(())
     }
 
+    /// Whether extents in a range are mapped as they were, so that their
+    /// mapping may be replaced.
+    pub fn are_unchanged(&self, extents: Range<usize>) -> bool {
+        self.mappings.changed(extents, true) == Ok(None)
+    }
+
+    /// Waits until no direct I/O has pages of a range that is behind
+    /// placeholders since `taken` (CLOCK_MONOTONIC, ns). `false`: some has, or may.
+    pub fn no_transfer(&self, range: &Range<usize>, taken: u64) -> bool {
+        self.transfers.end(range, taken, &self.monitor.waiters)
+    }
+
     /// Lets granules be moved without a placeholder, which loses what threads
     /// write meanwhile: for a test that its storm would notice.
     #[doc(hidden)]

@@ -45,7 +45,7 @@ pub(super) fn build(uffd: &Uffd, n: usize) -> Result<Staging, PlaceholderError> 
 }
 
 /// Whether no page of the range is in memory (mincore(2)).
-fn is_empty(at: usize, len: usize) -> Result<bool, Errno> {
+pub(super) fn is_empty(at: usize, len: usize) -> Result<bool, Errno> {
     let mut pages = [0u8; RUN * GRANULE / PAGE];
     // SAFETY: mincore writes a byte per page of the range, at most as many as
     // `pages` has.

@@ -124,18 +124,15 @@ impl Uffd {
     ///
     /// [`takes_kernel_faults`]: Self::takes_kernel_faults
     pub fn open(device: Option<BorrowedFd<'_>>) -> Result<Self, UffdError> {
-        let full = match device.map(new_from_device) {
-            Some(Ok(fd)) => Ok(fd),
-            _ => open_device()
-                .and_then(|own| new_from_device(own.as_fd()))
-                .or_else(|_| system_call(UserfaultfdFlags::CLOEXEC)),
-        };
-        let (fd, kernel_faults) = match full {
-            Ok(fd) => (fd, true),
+        let uffd = match Self::open_raw(device) {
+            Ok(uffd) => uffd,
             Err(_) => {
                 let user_only = UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
                 let fd = system_call(UserfaultfdFlags::CLOEXEC | user_only);
-                (fd.map_err(UffdError::Denied)?, false)
+                Self {
+                    fd: fd.map_err(UffdError::Denied)?,
+                    kernel_faults: false,
+                }
             }
         };
         let mut api = ApiArg {
@@ -144,9 +141,27 @@ impl Uffd {
             ioctls: 0,
         };
         // SAFETY: UFFDIO_API reads and writes a `struct uffdio_api`.
-        unsafe { ioctl(&fd, Updater::<IOC_API, _>::new(&mut api)) }
+        unsafe { ioctl(&uffd.fd, Updater::<IOC_API, _>::new(&mut api)) }
             .map_err(UffdError::NoRemapEvents)?;
-        Ok(Self { fd, kernel_faults })
+        Ok(uffd)
+    }
+
+    /// Opens one with the full right, and does not set it up.
+    pub(super) fn open_raw(device: Option<BorrowedFd<'_>>) -> Result<Self, UffdError> {
+        let fd = match device.map(new_from_device) {
+            Some(Ok(fd)) => Ok(fd),
+            _ => open_device()
+                .and_then(|own| new_from_device(own.as_fd()))
+                .or_else(|_| system_call(UserfaultfdFlags::CLOEXEC)),
+        };
+        fd.map(Self::from_fd).map_err(UffdError::Denied)
+    }
+
+    pub(super) fn from_fd(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            kernel_faults: true,
+        }
     }
 
     /// Whether the kernel itself waits for a granule in flight, as in
@@ -178,6 +193,10 @@ impl Uffd {
     pub(super) fn wake(&self, at: usize, len: usize) -> Result<(), Errno> {
         // SAFETY: UFFDIO_WAKE reads a `struct uffdio_range`.
         unsafe { ioctl(&self.fd, Setter::<IOC_WAKE, _>::new(range(at, len))) }
+    }
+
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 
     pub(super) fn as_raw(&self) -> i32 {

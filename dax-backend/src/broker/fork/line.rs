@@ -1,0 +1,252 @@
+//! What the root says on its line: what it shares before a fork, and what it
+//! takes back when nobody else needs it any more.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+
+use super::family::{MemberId, granules, push_run};
+use super::server::{Server, next, send};
+use crate::broker::protocol::{
+    FORK_LAST, GRANULE, Kind, MAX_RANGES, MAX_RUNS, Message, SharedRun, WindowRange,
+};
+
+/// A fork of the root that has begun and not ended.
+#[derive(Default)]
+pub(super) struct Fork {
+    /// What the root says that it shares.
+    runs: Vec<SharedRun>,
+    /// What the broker has not answered yet.
+    unanswered: BTreeSet<u64>,
+    refused: bool,
+    /// The books have it all.
+    settled: bool,
+}
+
+/// Originals on their way back to the root. It waits for them, if it touches
+/// them, until it has them in place.
+pub(super) struct Taking {
+    runs: Vec<SharedRun>,
+    /// What the broker is to answer.
+    id: u64,
+    /// They are the root's, and need to be put in place.
+    given: bool,
+}
+
+impl Server {
+    /// Whether the root may have covered what the books don't have yet.
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.fork.as_ref().is_some_and(|fork| !fork.settled)
+    }
+
+    /// Whether the books may lack what a child of the root inherits now. Only
+    /// one that no handler of fork(2) saw is made while something is taken.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        self.is_unsettled() || self.taking.is_some()
+    }
+
+    /// Whether a granule is on its way back to the root.
+    pub(super) fn is_taken(&self, place: u64) -> bool {
+        let on_its_way = |run: &SharedRun| (run.addr..run.addr + run.len).contains(&place);
+        self.taking
+            .as_ref()
+            .is_some_and(|taking| taking.runs.iter().any(on_its_way))
+    }
+
+    /// What the root says around a fork.
+    pub(super) fn listen(&mut self) {
+        while let Some((message, _)) = next(&mut self.line) {
+            match message.kind() {
+                Some(Kind::ForkBegin) => {
+                    self.fork = Some(Fork::default());
+                    self.answer(true);
+                }
+                Some(Kind::ForkShare) if self.fork.is_some() => self.root_shares(&message),
+                Some(Kind::ForkEnd) => self.fork = None,
+                Some(Kind::ForkTake) if self.fork.is_none() => self.root_takes(&message),
+                Some(Kind::ForkTaken) => self.taken(),
+                _ => self.line = None,
+            }
+        }
+        if self.line.is_none() {
+            // Who asked is gone, and touches nothing any more.
+            self.fork = None;
+            self.taking = None;
+        }
+        let asked = self.fork.as_ref().is_some_and(|f| !f.unanswered.is_empty());
+        if self.desk.is_none() {
+            // Whoever would answer is gone.
+            if asked {
+                self.settle(false);
+            }
+            if self.taking.as_ref().is_some_and(|taking| !taking.given) {
+                self.give(false);
+            }
+        }
+    }
+
+    fn root_shares(&mut self, message: &Message) {
+        let Some(fork) = &mut self.fork else {
+            return;
+        };
+        let end = self.mapping.len();
+        fork.refused |= !message.shared_runs().all(|run| is_sane(&run, end));
+        fork.runs.extend(message.shared_runs());
+        if message.flags() & FORK_LAST == 0 {
+            return;
+        }
+        if fork.refused || fork.runs.is_empty() {
+            let yes = !fork.refused;
+            return self.settle(yes);
+        }
+        let windows: Vec<WindowRange> = fork.runs.iter().map(SharedRun::window).collect();
+        for chunk in windows.chunks(MAX_RANGES) {
+            let id = self.ask(Kind::ForkShare, chunk);
+            if let Some(fork) = &mut self.fork {
+                fork.unanswered.insert(id);
+            }
+        }
+    }
+
+    /// What the root shares is the family's now, or the fork can't be served.
+    fn settle(&mut self, yes: bool) {
+        let Some(fork) = &mut self.fork else {
+            return;
+        };
+        fork.unanswered.clear();
+        fork.settled = yes;
+        let runs = std::mem::take(&mut fork.runs);
+        if yes {
+            self.family.share(&runs);
+        }
+        self.answer(yes);
+    }
+
+    /// Says what the root could take.
+    fn offer(&mut self) {
+        let mut runs = Vec::new();
+        if !self.is_evicting() {
+            let waits = |place| self.is_root_waiting(place);
+            let alone = self.family.roots_alone();
+            for (place, original) in alone.filter(|(place, _)| !waits(*place)) {
+                push_run(&mut runs, place, original);
+                if runs.len() > MAX_RUNS {
+                    runs.pop();
+                    break;
+                }
+            }
+        }
+        let message = Message::new(Kind::ForkAnswer).with_runs(&runs);
+        send(&mut self.line, message);
+    }
+
+    /// Whether the root waits for a granule. It may have a part of it already,
+    /// and have written there.
+    fn is_root_waiting(&self, place: u64) -> bool {
+        let granule = place..place + GRANULE;
+        let mut waits = self.waits.iter();
+        waits.any(|(id, addr)| *id == MemberId::ROOT && granule.contains(addr))
+    }
+
+    /// The root wants originals back that nobody else needs.
+    fn root_takes(&mut self, message: &Message) {
+        let end = self.mapping.len();
+        let runs: Vec<SharedRun> = message.shared_runs().collect();
+        if runs.is_empty() {
+            return self.offer();
+        }
+        let sane = runs.iter().all(|run| is_sane(run, end));
+        if !sane || self.taking.is_some() || self.is_evicting() || self.desk.is_none() {
+            return self.answer(false);
+        }
+        let windows: Vec<WindowRange> = runs.iter().map(SharedRun::window).collect();
+        self.taking = Some(Taking {
+            runs,
+            id: 0,
+            given: false,
+        });
+        // A child that was made before this is known, or the root is in the
+        // middle of making it; one that is made later is in doubt.
+        self.hear(MemberId::ROOT);
+        let alone = self.taking.as_ref().is_some_and(|taking| {
+            let mut all = taking.runs.iter().flat_map(granules);
+            all.all(|(place, original)| {
+                self.family.is_roots_alone(place, original) && !self.is_root_waiting(place)
+            })
+        });
+        if !alone || self.is_root_changing() {
+            self.taking = None;
+            return self.answer(false);
+        }
+        let id = self.ask(Kind::ForkTake, &windows);
+        if let Some(taking) = &mut self.taking {
+            taking.id = id;
+        }
+    }
+
+    /// The broker has answered the root's wish.
+    fn give(&mut self, yes: bool) {
+        let Some(taking) = &mut self.taking else {
+            return;
+        };
+        if yes {
+            taking.given = true;
+            for (place, _) in taking.runs.iter().flat_map(granules) {
+                // Nobody needs it any more, and yet it is not free.
+                let _ = self.family.filled(MemberId::ROOT, place);
+            }
+        } else {
+            self.taking = None;
+        }
+        self.answer(yes);
+    }
+
+    /// The root has put them in place, and woken who waited.
+    fn taken(&mut self) {
+        let waits = std::mem::take(&mut self.waits);
+        let other = |(id, addr): &(MemberId, u64)| {
+            *id != MemberId::ROOT || !self.is_taken(addr - addr % GRANULE)
+        };
+        self.waits = waits.into_iter().filter(other).collect();
+        self.taking = None;
+    }
+
+    pub(super) fn broker_answered(&mut self, id: u64, yes: bool) {
+        let asked = |taking: &Taking| taking.id == id && !taking.given;
+        if self.taking.as_ref().is_some_and(asked) {
+            return self.give(yes);
+        }
+        // One comes twice when a broker died over it.
+        if let Some(fork) = &mut self.fork
+            && fork.unanswered.remove(&id)
+        {
+            fork.refused |= !yes;
+            if fork.unanswered.is_empty() {
+                let refused = fork.refused;
+                self.settle(!refused);
+            }
+        }
+    }
+
+    /// Asks the broker something about ranges; the number of its answer.
+    fn ask(&mut self, kind: Kind, ranges: &[WindowRange]) -> u64 {
+        self.said += 1;
+        self.say(Message::new(kind).with_id(self.said).with_ranges(ranges));
+        self.said
+    }
+
+    pub(super) fn answer(&mut self, yes: bool) {
+        let message = Message::new(Kind::ForkAnswer).with_arg(0, u64::from(!yes));
+        send(&mut self.line, message);
+    }
+}
+
+/// Whether a run is whole granules in a window that ends at `end`.
+fn is_sane(run: &SharedRun, end: u64) -> bool {
+    let whole = |n: u64| n.is_multiple_of(GRANULE);
+    run.len > 0
+        && whole(run.addr)
+        && whole(run.offset)
+        && whole(run.len)
+        && run.end() <= end
+        && run.addr.checked_add(run.len).is_some()
+}

@@ -1,0 +1,117 @@
+//! One address space of a family.
+#![forbid(unsafe_code)]
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use super::family::push_run;
+use super::outbox::Outbox;
+use super::uffd::Uffd;
+use crate::broker::protocol::{Kind, MAX_RUNS, Message, SharedRun};
+
+/// To the first look whether a member lives.
+const SOON: Duration = Duration::from_millis(1);
+/// The longest between two looks.
+const SELDOM: Duration = Duration::from_millis(250);
+
+/// A member, as its fork server sees it.
+pub(super) struct Member {
+    pub(super) uffd: Uffd,
+    /// What the member shows that wants to hear of its copies.
+    pub(super) key: u64,
+    /// What a descendant hears on; the root has a line of another kind.
+    line: Option<Outbox>,
+    /// What it has copies of, and every ancestor after the root.
+    filled: Vec<SharedRun>,
+    /// How much of that it was told.
+    told: usize,
+    born: Instant,
+    pub(super) probe: Instant,
+}
+
+impl Member {
+    /// A member whose parent had copies of `filled`.
+    pub(super) fn new(uffd: Uffd, key: u64, filled: Vec<SharedRun>) -> Self {
+        let born = Instant::now();
+        Self {
+            uffd,
+            key,
+            line: None,
+            filled,
+            told: 0,
+            born,
+            probe: born + SOON,
+        }
+    }
+
+    /// What it has copies of.
+    pub(super) fn filled(&self) -> &[SharedRun] {
+        &self.filled
+    }
+
+    /// It has one more.
+    pub(super) fn has(&mut self, place: u64, original: u64) {
+        // What it was told of does not grow.
+        if self.told == self.filled.len() {
+            let one = &mut Vec::new();
+            push_run(one, place, original);
+            self.filled.append(one);
+        } else {
+            push_run(&mut self.filled, place, original);
+        }
+    }
+
+    /// It wants to hear of them.
+    pub(super) fn hears(&mut self, line: OwnedFd) {
+        self.line = Some(Outbox::new(line));
+        self.told = 0;
+    }
+
+    /// Makes ordinary memory of what it has copies of, and tells it.
+    pub(super) fn tell(&mut self) {
+        let Some(line) = &mut self.line else {
+            return;
+        };
+        while self.told < self.filled.len() {
+            let end = self.filled.len().min(self.told + MAX_RUNS);
+            let runs = &self.filled[self.told..end];
+            let ordinary =
+                |run: &SharedRun| self.uffd.release(run.addr, run.len) != Err(Errno::NOMEM);
+            if !runs.iter().all(ordinary) {
+                // It has too many mappings; some will have become one.
+                return;
+            }
+            let message = Message::new(Kind::ForkFilled).with_runs(runs);
+            if line.send(message).is_err() {
+                self.line = None;
+                return;
+            }
+            self.told = end;
+        }
+        if line.flush().is_err() {
+            self.line = None;
+        }
+    }
+
+    /// It needs nothing any more, and nobody serves it from here on.
+    pub(super) fn dismiss(self) {
+        // First, so that what it drops reads as zeroes when it hears of it.
+        drop(self.uffd);
+        if let Some(line) = self.line {
+            farewell(line);
+        }
+    }
+
+    /// When to look next whether it lives.
+    pub(super) fn lives(&mut self, now: Instant) {
+        let age = now.saturating_duration_since(self.born);
+        self.probe = now + (age / 8).clamp(SOON, SELDOM);
+    }
+}
+
+/// Tells whoever hears on `line` that it has everything.
+pub(super) fn farewell(mut line: Outbox) {
+    let _ = line.send(Message::new(Kind::ForkEnded));
+}

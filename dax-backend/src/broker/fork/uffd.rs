@@ -1,0 +1,285 @@
+//! A member's userfaultfd (userfaultfd(2)): what its threads wait for, and the
+//! pages that end the wait.
+
+use std::fs::read_link;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Setter, Updater, ioctl, opcode};
+
+use crate::broker::protocol::GRANULE;
+
+// include/uapi/linux/userfaultfd.h
+const API: u64 = 0xAA;
+const IOC_API: Opcode = opcode::read_write::<[u64; 3]>(0xAA, 0x3F);
+const IOC_UNREGISTER: Opcode = opcode::read::<[u64; 2]>(0xAA, 0x01);
+const IOC_WAKE: Opcode = opcode::read::<[u64; 2]>(0xAA, 0x02);
+const IOC_COPY: Opcode = opcode::read_write::<Copy>(0xAA, 0x03);
+const IOC_ZEROPAGE: Opcode = opcode::read_write::<Fill>(0xAA, 0x04);
+const IOC_POISON: Opcode = opcode::read_write::<Fill>(0xAA, 0x08);
+const FEATURE_EVENT_FORK: u64 = 1 << 1;
+const FEATURE_EVENT_REMAP: u64 = 1 << 2;
+const EVENT_PAGEFAULT: u8 = 0x12;
+const EVENT_FORK: u8 = 0x13;
+pub(super) const PAGE: u64 = 4096;
+/// No kernel lets a program map less, few programs map this.
+const NOWHERE: u64 = 64 << 10;
+
+/// `struct uffdio_copy`.
+#[repr(C)]
+struct Copy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+/// `struct uffdio_zeropage`, and `struct uffdio_poison`.
+#[repr(C)]
+struct Fill {
+    start: u64,
+    len: u64,
+    mode: u64,
+    done: i64,
+}
+
+/// `struct uffd_msg`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Message {
+    event: u8,
+    reserved: [u8; 7],
+    arg: [u64; 3],
+}
+
+const _: () = assert!(size_of::<Message>() == 32);
+
+/// What a member did.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// One of its threads waits for the page at this address.
+    Fault(u64),
+    /// It has forked; the child's own.
+    Fork(Uffd),
+}
+
+/// What came of filling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Filled {
+    /// Every page is there.
+    Done,
+    /// Not now: the member is changing its mappings, or there is no memory.
+    Later,
+    /// The member is gone.
+    Gone,
+    /// The original can't be read.
+    Unreadable,
+}
+
+/// A userfaultfd of another process.
+#[derive(Debug)]
+pub(super) struct Uffd(OwnedFd);
+
+impl Uffd {
+    /// Sets a client's new userfaultfd up. That its children are protected
+    /// at birth (`UFFD_FEATURE_EVENT_FORK`) takes `CAP_SYS_PTRACE`, which a
+    /// client need not have.
+    ///
+    /// # Errors
+    /// `EINVAL`: it is none, or not new. `EPERM`: this process may not either.
+    pub(super) fn set_up(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        let link = read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        if link.is_ok_and(|to| to.as_os_str() != "anon_inode:[userfaultfd]") {
+            return Err(Errno::INVAL);
+        }
+        let mut api = [API, FEATURE_EVENT_FORK | FEATURE_EVENT_REMAP, 0];
+        // SAFETY: UFFDIO_API reads and writes a `struct uffdio_api`, three words.
+        unsafe { ioctl(fd, Updater::<IOC_API, _>::new(&mut api)) }
+    }
+
+    /// One that is set up.
+    pub(super) fn new(fd: OwnedFd) -> Result<Self, Errno> {
+        fcntl_setfl(&fd, OFlags::NONBLOCK)?;
+        Ok(Self(fd))
+    }
+
+    /// The next thing that the member did.
+    ///
+    /// # Errors
+    /// `EAGAIN`: nothing. Others: the kernel could not tell now.
+    pub(super) fn next(&self) -> Result<Option<Event>, Errno> {
+        let mut bytes = [0u8; size_of::<Message>()];
+        if rustix::io::read(&self.0, &mut bytes)? != bytes.len() {
+            return Ok(None);
+        }
+        // SAFETY: as many bytes, and any are a valid message.
+        let message: Message = unsafe { std::mem::transmute(bytes) };
+        match message.event {
+            EVENT_PAGEFAULT => Ok(Some(Event::Fault(message.arg[1]))),
+            EVENT_FORK => {
+                // SAFETY: the kernel made this descriptor for us just now.
+                let fd = unsafe { OwnedFd::from_raw_fd(message.arg[0] as u32 as i32) };
+                Self::new(fd).map(|uffd| Some(Event::Fork(uffd)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Copies the granule at `original` (an address of this process) to
+    /// `place`, but for pages that are there already, and wakes who waits.
+    pub(super) fn fill(&self, place: u64, original: u64) -> Filled {
+        let mut done = 0;
+        while done < GRANULE {
+            let mut copy = Copy {
+                dst: place + done,
+                src: original + done,
+                len: GRANULE - done,
+                mode: 0,
+                copy: 0,
+            };
+            // SAFETY: UFFDIO_COPY reads and writes a `struct uffdio_copy`; what
+            // it writes to is another process's memory.
+            let result = unsafe { ioctl(&self.0, Updater::<IOC_COPY, _>::new(&mut copy)) };
+            match result {
+                Ok(()) => break,
+                // A part was copied: the reason shows at the next attempt.
+                Err(_) if copy.copy > 0 => done += copy.copy as u64,
+                Err(Errno::EXIST) => done += PAGE,
+                // Nothing of ours is there any more.
+                Err(Errno::NOENT | Errno::INVAL) => break,
+                Err(Errno::SRCH) => return Filled::Gone,
+                Err(Errno::FAULT) => return Filled::Unreadable,
+                Err(_) => return Filled::Later,
+            }
+        }
+        self.wake(place);
+        Filled::Done
+    }
+
+    /// Shows words to a member, at the start of the page at `at`.
+    pub(super) fn show(&self, at: u64, words: [u64; 2]) -> Filled {
+        #[repr(C, align(4096))]
+        struct Page([u64; 512]);
+        let mut page = Page([0; 512]);
+        page.0[..2].copy_from_slice(&words);
+        let mut copy = Copy {
+            dst: at,
+            src: (&raw const page) as u64,
+            len: PAGE,
+            mode: 0,
+            copy: 0,
+        };
+        // SAFETY: as in `fill`.
+        match unsafe { ioctl(&self.0, Updater::<IOC_COPY, _>::new(&mut copy)) } {
+            Err(Errno::AGAIN | Errno::NOMEM) => Filled::Later,
+            Err(Errno::SRCH) => Filled::Gone,
+            _ => Filled::Done,
+        }
+    }
+
+    /// Makes ordinary memory of a range in which every page is there.
+    ///
+    /// # Errors
+    /// `ENOMEM`: the member has too many mappings. Others: there is nothing of
+    /// ours.
+    pub(super) fn release(&self, at: u64, len: u64) -> Result<(), Errno> {
+        // SAFETY: UFFDIO_UNREGISTER reads a `struct uffdio_range`, two words.
+        unsafe { ioctl(&self.0, Setter::<IOC_UNREGISTER, _>::new([at, len])) }
+    }
+
+    /// Puts a page of zeroes where a member has dropped one of its own.
+    pub(super) fn zero(&self, addr: u64) -> Filled {
+        let start = addr - addr % PAGE;
+        let mut fill = Fill {
+            start,
+            len: PAGE,
+            mode: 0,
+            done: 0,
+        };
+        // SAFETY: UFFDIO_ZEROPAGE reads and writes a `struct uffdio_zeropage`.
+        let result = unsafe { ioctl(&self.0, Updater::<IOC_ZEROPAGE, _>::new(&mut fill)) };
+        match result {
+            Err(Errno::AGAIN | Errno::NOMEM) => Filled::Later,
+            Err(Errno::SRCH) => Filled::Gone,
+            _ => {
+                self.wake(addr - addr % GRANULE);
+                Filled::Done
+            }
+        }
+    }
+
+    /// Makes what is missing of a granule raise SIGBUS, as the memory itself
+    /// would have.
+    pub(super) fn poison(&self, place: u64) -> Filled {
+        let mut done = 0;
+        while done < GRANULE {
+            let mut fill = Fill {
+                start: place + done,
+                len: GRANULE - done,
+                mode: 0,
+                done: 0,
+            };
+            // SAFETY: UFFDIO_POISON reads and writes a `struct uffdio_poison`.
+            let result = unsafe { ioctl(&self.0, Updater::<IOC_POISON, _>::new(&mut fill)) };
+            match result {
+                Err(_) if fill.done > 0 => done += fill.done as u64,
+                Err(Errno::EXIST) => done += PAGE,
+                Err(Errno::AGAIN) => return Filled::Later,
+                Err(Errno::SRCH) => return Filled::Gone,
+                _ => break,
+            }
+        }
+        self.wake(place);
+        Filled::Done
+    }
+
+    fn wake(&self, place: u64) {
+        // SAFETY: UFFDIO_WAKE reads a `struct uffdio_range`, two words.
+        let _ = unsafe { ioctl(&self.0, Setter::<IOC_WAKE, _>::new([place, GRANULE])) };
+    }
+
+    /// Whether the member's memory is gone: it has ended, or called exec.
+    pub(super) fn is_gone(&self) -> bool {
+        self.copy_nowhere() == Err(Errno::SRCH)
+    }
+
+    /// Whether the member is forking, or moving what is registered.
+    pub(super) fn is_changing(&self) -> bool {
+        self.copy_nowhere() == Err(Errno::AGAIN)
+    }
+
+    fn copy_nowhere(&self) -> Result<(), Errno> {
+        // To an address where nothing can be registered: only what is checked
+        // first can be the answer.
+        let page = [0u8; 1];
+        let mut copy = Copy {
+            dst: NOWHERE,
+            src: page.as_ptr() as u64 & !(PAGE - 1),
+            len: PAGE,
+            mode: 0,
+            copy: 0,
+        };
+        // SAFETY: as in `fill`.
+        unsafe { ioctl(&self.0, Updater::<IOC_COPY, _>::new(&mut copy)) }
+    }
+}
+
+impl AsFd for Uffd {
+    /// Readable when the member did something.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_descriptor_is_refused() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert_eq!(Uffd::set_up(file.as_fd()), Err(Errno::INVAL));
+    }
+}
