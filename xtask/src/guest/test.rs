@@ -121,7 +121,8 @@ fn boot(plan: &Plan) -> Result<Report> {
     let runner = std::env::current_exe()?;
     let runner = runner.to_str().context("a path that is no text")?;
     let mut qemu = machine::qemu(&image, &qmp_socket, &[runner, "guest", "inside"]);
-    machine::equip(&mut qemu, &port_socket, &console);
+    let monitor = dir.path().join("monitor.sock");
+    machine::equip(&mut qemu, &port_socket, &monitor, &console);
     eprintln!("booting; the guest's console goes to {}", console.display());
     let start = Instant::now();
     let mut qemu = Background::start(&mut qemu)?;

@@ -5,6 +5,7 @@
 
 mod monitor;
 mod qtest;
+pub(crate) mod uio;
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -42,7 +43,18 @@ const MACHINE: &str = "-machine q35,cxl=on -accel tcg -S -display none -nodefaul
     -device cxl-rp,port=0,bus=cxl.0,id=rp0,chassis=0,slot=2 \
     -device cxl-type3,bus=rp0,volatile-dc-memdev=dc0,num-dc-regions=1,id=dcd0,sn=99";
 
-/// A machine with one device. It ends with this, or with the thread that started it.
+/// A machine with one of QEMU's devices.
+pub(crate) trait Machine {
+    fn mmio(&self) -> Box<dyn Mmio>;
+    /// The same device for an orchestrator, at a monitor of its own, if this machine has one.
+    fn target(&self) -> Option<QmpTarget>;
+    /// Offers ranges of region 0 as one More group.
+    fn add(&self, ranges: &[DpaRange], tag: ExtentTag);
+    /// Asks for ranges of region 0 back.
+    fn release(&self, ranges: &[DpaRange]);
+}
+
+/// A machine with one device and no guest. It ends with this, or with the thread that started it.
 pub(crate) struct Qemu {
     process: Child,
     qtest: Arc<Mutex<Qtest>>,
@@ -88,27 +100,28 @@ impl Qemu {
             directory,
         }
     }
+}
 
-    pub(crate) fn mmio(&self) -> Box<dyn Mmio> {
+impl Machine for Qemu {
+    fn mmio(&self) -> Box<dyn Mmio> {
         Box::new(Registers {
             qtest: Arc::clone(&self.qtest),
             blocks: self.blocks,
         })
     }
 
-    /// The same device for an orchestrator, at a monitor of its own.
-    pub(crate) fn target(&self) -> QmpTarget {
-        QmpTarget {
+    fn target(&self) -> Option<QmpTarget> {
+        Some(QmpTarget {
             socket: self.directory.path().join("orchestrator"),
             device: "/machine/peripheral/dcd0".into(),
-        }
+        })
     }
 
-    pub(crate) fn add(&self, ranges: &[DpaRange], tag: ExtentTag) {
+    fn add(&self, ranges: &[DpaRange], tag: ExtentTag) {
         self.monitor.lock().add(ranges, tag);
     }
 
-    pub(crate) fn release(&self, ranges: &[DpaRange]) {
+    fn release(&self, ranges: &[DpaRange]) {
         self.monitor.lock().release(ranges);
     }
 }
