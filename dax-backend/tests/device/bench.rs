@@ -42,7 +42,7 @@ enum Vehicle {
 
 /// What `DCM_TEST_DEVICE` asks for: the software model, or QEMU's device without a guest (`qemu`) or from inside
 /// one (`uio`).
-fn asked_for() -> String {
+pub(crate) fn asked_for() -> String {
     let device = std::env::var("DCM_TEST_DEVICE").unwrap_or_else(|_| "model".into());
     assert!(
         ["model", "qemu", "uio"].contains(&device.as_str()),
