@@ -1,6 +1,7 @@
 //! What is checked in the guest.
 
 mod device;
+mod node;
 mod programs;
 pub(super) mod served;
 mod tests;
@@ -80,6 +81,12 @@ pub(super) const ALL: &[Check] = &[
         shows: "the driver's device tests, on registers mapped through sysfs",
         full: false,
         run: tests::device,
+    },
+    Check {
+        name: "node",
+        shows: "a program on a NUMA node of extents: a block goes, the data stays",
+        full: true,
+        run: node::node,
     },
 ];
 

@@ -33,7 +33,13 @@ pub(in super::super) struct Served {
 
 impl Served {
     pub(in super::super) fn start(guest: &Guest) -> Result<Self> {
-        let broker = Broker::over(&["--device", &guest.device], LIMIT)?;
+        Self::start_with(guest, &[])
+    }
+
+    /// The same with further options of `dcm serve`.
+    pub(in super::super) fn start_with(guest: &Guest, options: &[&str]) -> Result<Self> {
+        let device = ["--device", guest.device.as_str()];
+        let broker = Broker::over(&[&device, options].concat(), LIMIT)?;
         Ok(Self { broker })
     }
 
