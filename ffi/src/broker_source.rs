@@ -26,6 +26,7 @@ use dax_backend::broker::protocol::{RefusalReason, WindowRange as WireRange};
 use dax_backend::broker::{
     BrokerClient, ClientPageMapping, FromBroker, RecallOutcome as WireOutcome, StallTimes,
 };
+use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
@@ -37,6 +38,8 @@ pub struct BrokerSource {
     client: BrokerClient,
     page: ClientPageMapping,
     window: (usize, usize),
+    /// Whether the window is `/dev/daxX.Y`.
+    is_device: bool,
     userfaultfd: Option<OwnedFd>,
     /// The worker has a descriptor table of its own.
     apart: AtomicBool,
@@ -79,6 +82,7 @@ impl BrokerSource {
             client,
             page,
             window,
+            is_device: is_device(&welcome.window),
             userfaultfd,
             apart: AtomicBool::new(false),
             rejoin,
@@ -98,6 +102,12 @@ impl BrokerSource {
         source.apart.store(apart, Ordering::Release);
         Ok(source)
     }
+}
+
+/// Whether `file` is a device's; if nobody can tell, it is not.
+fn is_device(file: &OwnedFd) -> bool {
+    let stat = rustix::fs::fstat(file);
+    stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice)
 }
 
 fn map_window(welcome: &Welcome) -> Result<(usize, usize), Errno> {
@@ -135,6 +145,10 @@ fn map_window(welcome: &Welcome) -> Result<(usize, usize), Errno> {
 impl ExtentSource for BrokerSource {
     fn window(&self) -> (usize, usize) {
         self.window
+    }
+
+    fn window_is_device(&self) -> bool {
+        self.is_device
     }
 
     fn adopt_thread(&self) {

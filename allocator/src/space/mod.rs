@@ -22,6 +22,7 @@ mod moving;
 mod pagemap;
 mod pinning;
 mod pool;
+pub(crate) mod present;
 pub mod rebind;
 mod spilled;
 mod table;

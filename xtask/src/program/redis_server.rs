@@ -5,7 +5,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::process::{self, Background, Finished};
 
@@ -70,7 +70,16 @@ impl<'a> Server<'a> {
 
     /// Gives the server the orders in `file`, none of which may fail.
     pub(crate) fn feed(&self, file: &str) -> Result<()> {
-        fed(&process::run(&mut self.feeder(file), self.limit)?)
+        let fed = fed(&process::run(&mut self.feeder(file), self.limit)?);
+        fed.with_context(|| format!("the server's last words: {}", self.last_words()))
+    }
+
+    /// The end of its log, and of what it says otherwise.
+    fn last_words(&self) -> String {
+        let log = self.process.stdout_so_far();
+        let lines: Vec<&str> = log.lines().collect();
+        let log = lines[lines.len().saturating_sub(4)..].join(" | ");
+        format!("{log} | {}", self.process.stderr_tail())
     }
 
     /// Of all keys and what they hold.

@@ -85,7 +85,7 @@ pub(super) const ALL: &[Check] = &[
     Check {
         name: "node",
         shows: "a program on a NUMA node of extents: a block goes, the data stays",
-        full: true,
+        full: false,
         run: node::node,
     },
 ];

@@ -92,7 +92,7 @@ fn wait_for_file(program: &mut Background, path: &Path) -> Result<()> {
     Ok(())
 }
 
-const KEYS: usize = 3000;
+const KEYS: usize = 1500;
 
 /// A redis server with 7 MiB of keys on 12 MiB of extents; half of these are asked back while a client
 /// changes and reads all keys.
@@ -110,7 +110,9 @@ pub(super) fn redis(guest: &Guest) -> Result<()> {
     };
     let halves = [mib(0, 6), mib(16, 6)];
     let served = Served::with(guest, &halves)?;
-    let server = Server::start(&mut served.run("redis-server"), dir.path(), LIMIT)?;
+    let mut command = served.run("redis-server");
+    // So that it says why it closes a connection.
+    let server = Server::start(command.args(["--loglevel", "verbose"]), dir.path(), LIMIT)?;
     server.feed("load").context("load")?;
     let live = served.number("/clients/0/stats/extent_live_bytes")?;
     ensure!(live > 6 * MIB, "only {live} bytes are on extents");
@@ -135,7 +137,7 @@ pub(super) fn redis(guest: &Guest) -> Result<()> {
 fn load() -> String {
     let mut orders = String::new();
     for key in 0..KEYS {
-        let value = format!("{key:08}").repeat(280);
+        let value = format!("{key:08}").repeat(560);
         // Writing into a String can't fail.
         let _ = write!(orders, "SET key:{key} {value}\r\n");
     }
@@ -150,7 +152,7 @@ fn changes() -> String {
         let _ = write!(
             orders,
             "SETRANGE key:{key} {} turn-{i:06}\r\nGET key:{key}\r\nINCR turns\r\n",
-            i % 2000
+            i % 4000
         );
     }
     orders
