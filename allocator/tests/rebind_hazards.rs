@@ -7,7 +7,7 @@ use allocator::space::rebind::{
     Change, GRANULE, LivePages, Memory, Mover, RebindError, Spare, StartError, Step, UffdError,
 };
 use rebind_rig::{
-    Heap, PAGE, go_round, in_own_process, mappings_in, move_run, on_mover, pages_present,
+    Heap, PAGE, Stop, go_round, in_own_process, mappings_in, move_run, on_mover, pages_present,
     under_a_writer,
 };
 use rustix::fd::{AsRawFd, OwnedFd};
@@ -15,6 +15,7 @@ use rustix::mm::{MlockAllFlags, MprotectFlags, mlock, mlockall, mprotect, munmap
 use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -213,6 +214,68 @@ fn a_granule_whose_extent_has_gone_is_named_and_costs_nothing_else() {
         to_dram(&mut mover, &heap, 0..1).unwrap();
     });
     assert!(is_filled(&heap, 0, 0..512));
+}
+
+/// An epoll descriptor of which one event is always there.
+fn always_ready() -> (OwnedFd, OwnedFd) {
+    use rustix::event::{EventfdFlags, epoll, eventfd};
+    let bell = eventfd(1, EventfdFlags::CLOEXEC).unwrap();
+    let events = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+    let data = epoll::EventData::new_u64(7);
+    epoll::add(&events, &bell, data, epoll::EventFlags::IN).unwrap();
+    (events, bell)
+}
+
+/// redis-server hung when a recall met it in epoll_wait(2) with its table of
+/// events in the granule that moved: the thread held the lock of its epoll
+/// descriptor and waited for the granule, and the mover, which looked for
+/// descriptors with `O_DIRECT`, waited for that lock.
+#[test]
+fn nothing_waits_for_a_thread_that_epoll_wait_has_wait_for_its_granule() {
+    let name = "nothing_waits_for_a_thread_that_epoll_wait_has_wait_for_its_granule";
+    in_own_process(name, || {
+        let heap = Heap::new(2);
+        let (events, _bell) = always_ready();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let (heap, stop, events) = (&heap, &stop, &events);
+            let waits = scope.spawn(move || {
+                let table = heap.word(0, 3 * PAGE).cast::<libc::epoll_event>();
+                let mut done = 0u64;
+                while !stop.load(Relaxed) {
+                    // SAFETY: a table in the heap that this thread alone uses.
+                    let (n, data) = unsafe {
+                        let n = libc::epoll_wait(events.as_raw_fd(), table, 8, -1);
+                        (n, (&raw const (*table).u64).read_unaligned())
+                    };
+                    assert_eq!((n, data), (1, 7), "round {done}");
+                    done += 1;
+                }
+                done
+            });
+            // Where it is can't be told, so that its descriptors are looked at.
+            scope.spawn(move || while !stop.load(Relaxed) {});
+            scope.spawn(move || {
+                let start = Instant::now();
+                while !stop.load(Relaxed) {
+                    if start.elapsed() > Duration::from_secs(60) {
+                        eprintln!("the mover hangs");
+                        std::process::exit(1);
+                    }
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            });
+            on_mover(None, |mover| {
+                let _stopped = Stop(stop);
+                let mut mover = mover.unwrap();
+                let start = Instant::now();
+                while start.elapsed() < Duration::from_secs(3) {
+                    go_round(&mut mover, heap);
+                }
+            });
+            assert!(waits.join().unwrap() > 0);
+        });
+    });
 }
 
 #[test]
