@@ -157,6 +157,9 @@ pub(crate) fn broker(
             surface: Some(surface),
         });
     }
+    // Whoever started us may have forbidden huge pages (PR_SET_THP_DISABLE), and the device has no others. A
+    // kernel that knows none has nothing to allow.
+    let _ = rustix::thread::disable_transparent_huge_pages(false);
     let window = platform.reach(&mut device, address)?;
     if window.is_dev_mem {
         // Whoever has the descriptor has the machine.
