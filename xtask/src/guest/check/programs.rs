@@ -69,6 +69,7 @@ pub(super) fn sqlite(guest: &Guest) -> Result<()> {
         moved / MIB
     ));
     ensure!(!shell.has_ended()?, "it ended before it was told to");
+    served.has_moved()?;
     fs::write(&stop, "")?;
     let finished = shell.finish(LIMIT)?;
     ensure!(
@@ -78,7 +79,6 @@ pub(super) fn sqlite(guest: &Guest) -> Result<()> {
         finished.stdout.trim(),
         finished.stderr.trim()
     );
-    ensure!(moved > 0, "nothing was moved");
     served.leave()
 }
 
@@ -126,7 +126,7 @@ pub(super) fn redis(guest: &Guest) -> Result<()> {
         moved / MIB,
         if client.has_ended()? { "done by then" } else { "at work all the time" }
     ));
-    ensure!(moved > 0, "nothing was moved");
+    served.has_moved()?;
     redis_server::fed(&client.finish(LIMIT)?)?;
     let now = server.digest()?;
     ensure!(now == digest, "digest {now}, without us {digest}");

@@ -100,6 +100,13 @@ impl Served {
         }
     }
 
+    /// The program has moved what it used. A receipt that is written at its deadline does not say so, and a busy
+    /// machine may take longer.
+    pub(in super::super) fn has_moved(&self) -> Result<()> {
+        let moved = "/clients/0/stats/evacuated_granules";
+        self.until(moved, |granules| granules > 0).map(drop)
+    }
+
     /// The last receipt, with its number.
     fn receipt(&self) -> Result<Option<(u64, Value)>> {
         let status = self.broker.order_json(&["status"])?;
