@@ -20,7 +20,7 @@ use crate::service::Service;
 use crate::shared;
 use crate::sigbus;
 use crate::source::{ExtentSource, Ranges, WindowRange};
-use crate::space::{Fate, GRANULE, Lot, Owner, PAGE, Space, Tier};
+use crate::space::{Fate, GRANULE, Lot, Owner, PAGE, Space, Tier, present};
 use crate::spill::{self, ReadError, SpillState};
 use crate::stats::Stats;
 use crate::sync::{Guard, Lock, Signal};
@@ -161,6 +161,9 @@ impl Heap {
         let (addr, len) = source.window();
         // SAFETY: the window is as `ExtentSource::window` promises.
         unsafe { self.space.open_window(addr, len) }?;
+        if source.window_is_device() {
+            present::window_is_a_device();
+        }
         self.service.start(self, source)?;
         sigbus::install(self);
         shared::attached(self);

@@ -215,6 +215,11 @@ pub trait ExtentSource: Sync {
     /// writable, never inherited by a child (`MADV_DONTFORK`), valid for ever.
     fn window(&self) -> (usize, usize);
 
+    /// Whether the window is a device's file (`/dev/daxX.Y`), which may be mapped in huge pages only.
+    fn window_is_device(&self) -> bool {
+        false
+    }
+
     /// Called on the allocator's own thread before anything else is called: a
     /// program may close descriptors that it doesn't know (close_range(2)), so
     /// a source moves its own into a table of that thread's own here.

@@ -9,7 +9,7 @@ use clap::Args;
 use dax_backend::broker::{Broker, BrokerConfig};
 use dax_backend::pci::PciAddress;
 
-use crate::attach::{self, Attach};
+use crate::attach::{self, Attach, Served, Surface};
 use crate::dax;
 use crate::emulate;
 use crate::failure::Failure;
@@ -79,11 +79,21 @@ impl Source {
         self.sharable.unwrap_or(0)
     }
 
-    /// A broker over it in this process, and what is served, in words.
-    pub(crate) fn broker(&self, config: BrokerConfig) -> Result<(Broker, String), Failure> {
+    /// A broker over it in this process, which makes `surface` of a device.
+    pub(crate) fn broker(&self, surface: Surface, config: BrokerConfig) -> Result<Served, Failure> {
         if let Some(address) = self.device {
-            return attach::broker(address, &self.attach, config);
+            return attach::broker(address, &self.attach, surface, config);
         }
+        let (broker, told) = self.other(config)?;
+        Ok(Served {
+            broker,
+            told,
+            surface: None,
+        })
+    }
+
+    /// A broker over what is no device of the machine, and what is served, in words.
+    fn other(&self, config: BrokerConfig) -> Result<(Broker, String), Failure> {
         if let Some(path) = &self.dax {
             return dax::broker(path, config);
         }

@@ -27,7 +27,7 @@ pub(crate) struct Options {
 pub(crate) fn devices(options: &Options) -> Result<(), Failure> {
     let sysfs = Sysfs::new(&options.sysfs);
     if let Some(address) = options.bind {
-        sysfs.bind(&sysfs.cxl_device(address)?)?;
+        sysfs.bind(&sysfs.cxl_function(address)?)?;
     }
     let devices = sysfs.cxl_devices()?;
     if options.json {

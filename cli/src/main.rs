@@ -14,6 +14,7 @@ mod generate;
 mod keeper;
 mod live;
 mod log;
+mod manager;
 mod marks;
 mod node;
 mod orders;

@@ -1,12 +1,10 @@
 //! How much free capacity a broker keeps, and whom it asks for more.
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use dax_backend::broker::CapacityPolicy;
-use dax_backend::orchestrator::qmp::QmpTarget;
 
 use crate::failure::Failure;
 use crate::size;
@@ -46,47 +44,5 @@ impl Marks {
             .check()
             .map_err(|error| Failure::Usage(error.to_string()))?;
         Ok(Some(policy))
-    }
-}
-
-/// Reads `qmp:SOCKET` or `qmp:SOCKET,/machine/peripheral/NAME`.
-pub(crate) fn parse_orchestrator(text: &str) -> Result<QmpTarget, String> {
-    let Some(rest) = text.strip_prefix("qmp:").filter(|rest| !rest.is_empty()) else {
-        return Err(format!(
-            "`{text}` is no orchestrator: write qmp:SOCKET,DEVICE, such as \
-             qmp:/run/qemu.sock,/machine/peripheral/dcd0"
-        ));
-    };
-    let (socket, device) = rest.split_once(',').unwrap_or((rest, ""));
-    if !device.starts_with('/') {
-        return Err(format!(
-            "`{text}` names no device: add its path in QEMU's tree, such as \
-             {rest},/machine/peripheral/dcd0"
-        ));
-    }
-    Ok(QmpTarget {
-        socket: PathBuf::from(socket),
-        device: device.to_owned(),
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_orchestrator_has_a_socket_and_a_device() {
-        let target = parse_orchestrator("qmp:/run/q.sock,/machine/peripheral/dcd0").unwrap();
-        assert_eq!(target.socket, PathBuf::from("/run/q.sock"));
-        assert_eq!(target.device, "/machine/peripheral/dcd0");
-        for (wrong, says) in [
-            ("redfish:x", "no orchestrator"),
-            ("qmp:", "no orchestrator"),
-            ("qmp:/run/q.sock", "no device"),
-            ("qmp:/run/q.sock,dcd0", "no device"),
-        ] {
-            let error = parse_orchestrator(wrong).unwrap_err();
-            assert!(error.contains(says), "{wrong}: {error}");
-        }
     }
 }

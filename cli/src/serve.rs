@@ -1,16 +1,20 @@
 //! `dcm serve`: a broker in the foreground, or behind one `dcm run`.
 
+use std::ffi::CString;
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::Args;
-use dax_backend::broker::{Admit, BrokerConfig, Listener, Stop, Store, StoreSocket};
+use dax_backend::blocks::NodeSurface;
+use dax_backend::broker::{Admit, BrokerClient, BrokerConfig, Listener, Stop, Store, StoreSocket};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use uuid::Uuid;
 
+use crate::attach::Surface;
 use crate::failure::Failure;
 use crate::forks;
 use crate::marks::Marks;
@@ -26,6 +30,15 @@ pub(crate) const READY: &str = "ready\n";
 pub(crate) struct Options {
     #[command(flatten)]
     capacity: capacity::Source,
+    /// What becomes of the device's capacity
+    #[arg(
+        long,
+        value_name = "SURFACE",
+        requires = "device",
+        conflicts_with = "run",
+        value_enum
+    )]
+    surface: Option<Surface>,
     /// Where to listen
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -88,17 +101,19 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
     }
     let _log = log::start(&options.log);
     let stop = Stop::new().context("no descriptor left")?;
-    let (mut broker, listener, served) = if let Some((_, offer)) = kept {
+    let (mut broker, listener, served, surface) = if let Some((_, offer)) = kept {
         let mut store = from_keeper(&stop)?;
         let listener = store.take(keeper::LISTENER);
         let listener = listener.context("the keeper has handed over no listener")?;
         let path = activation::path_of(&listener).unwrap_or(path);
         let listener = Listener::inherited(listener, &path);
         let broker = emulate::worker(store, offer.iter().sum(), config)?;
-        (broker, listener, None)
+        (broker, listener, None, None)
     } else {
-        let (broker, served) = options.capacity.broker(config)?;
-        (broker, listen(&path)?, Some(served))
+        let surface = options.surface.unwrap_or_default();
+        let served = options.capacity.broker(surface, config)?;
+        let listener = listen(&path)?;
+        (served.broker, listener, Some(served.told), served.surface)
     };
     if let Some(address) = options.listen {
         live::start(address, listener.path())?;
@@ -123,8 +138,34 @@ pub(crate) fn serve(options: &Options) -> Result<(), Failure> {
             None => broker.ready(),
         }
     }
+    let surface = surface.map(|surface| put_online(surface, listener.path(), &stop));
     broker.serve(&listener, &stop).context("polling failed")?;
-    Ok(())
+    match surface {
+        Some(surface) if surface.is_finished() => Err(surface
+            .join()
+            .unwrap_or_else(|_| anyhow!("the thread that puts memory online has failed"))
+            .into()),
+        _ => Ok(()),
+    }
+}
+
+/// Has a thread lease all capacity of the broker at `path`, which serves soon, as memory of a node.
+/// It ends by an error, and the broker with it.
+fn put_online(
+    mut surface: NodeSurface,
+    path: &Path,
+    stop: &Stop,
+) -> thread::JoinHandle<anyhow::Error> {
+    let (path, stop) = (path.to_owned(), stop.clone());
+    thread::spawn(move || {
+        let path = CString::new(path.into_os_string().into_vec()).unwrap_or_default();
+        let error = match BrokerClient::connect(&path, 0) {
+            Ok((client, welcome)) => anyhow::Error::from(surface.serve(&client, &welcome)),
+            Err(error) => error.into(),
+        };
+        stop.now();
+        error.context("memory is not put online any more")
+    })
 }
 
 /// The socket that systemd has for us, or one at `path`.

@@ -14,6 +14,7 @@
 //! device below that seam, with its fabric manager's side.
 
 pub mod address;
+pub mod blocks;
 pub mod broker;
 pub mod capacity;
 pub mod cmd;

@@ -35,6 +35,7 @@ use dax_backend::broker::{
     SharedOpenError, StallTimes,
 };
 use dax_backend::extent::ExtentTag;
+use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
@@ -46,6 +47,8 @@ pub struct BrokerSource {
     client: BrokerClient,
     page: ClientPageMapping,
     window: (usize, usize),
+    /// Whether the window is `/dev/daxX.Y`.
+    is_device: bool,
     userfaultfd: Option<OwnedFd>,
     /// The `dcm run` that this process belongs to.
     run: u128,
@@ -94,6 +97,7 @@ impl BrokerSource {
             client,
             page,
             window,
+            is_device: is_device(&welcome.window),
             userfaultfd,
             run,
             line: OnceLock::new(),
@@ -131,6 +135,12 @@ impl SharedLease for Shared {
     }
 }
 
+/// Whether `file` is a device's; if nobody can tell, it is not.
+fn is_device(file: &OwnedFd) -> bool {
+    let stat = rustix::fs::fstat(file);
+    stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice)
+}
+
 fn map_window(welcome: &Welcome) -> Result<(usize, usize), Errno> {
     let len = welcome.window_len as usize;
     let prot = ProtFlags::READ | ProtFlags::WRITE;
@@ -166,6 +176,10 @@ fn map_window(welcome: &Welcome) -> Result<(usize, usize), Errno> {
 impl ExtentSource for BrokerSource {
     fn window(&self) -> (usize, usize) {
         self.window
+    }
+
+    fn window_is_device(&self) -> bool {
+        self.is_device
     }
 
     fn adopt_thread(&self) {

@@ -18,19 +18,26 @@ fn installed(package: &str) -> bool {
 
 /// Makes sure of `packages`: installs what is missing when run by root, and otherwise says what to install.
 pub(crate) fn ensure(packages: &[&str]) -> Result<()> {
-    let missing: Vec<&str> = packages
-        .iter()
-        .copied()
-        .filter(|package| !installed(package))
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
+    let is_root = rustix::process::geteuid().is_root();
+    match lacking(packages, installed, is_root)? {
+        missing if missing.is_empty() => Ok(()),
+        missing => install(&missing.join(" "), &missing),
     }
-    let list = missing.join(" ");
-    if !rustix::process::geteuid().is_root() {
+}
+
+/// Which of `packages` are not `installed`, for root, who can change that; anybody else is told what to do.
+fn lacking<'a>(
+    packages: &[&'a str],
+    installed: impl Fn(&str) -> bool,
+    is_root: bool,
+) -> Result<Vec<&'a str>> {
+    let mut missing = packages.to_vec();
+    missing.retain(|package| !installed(package));
+    if !missing.is_empty() && !is_root {
+        let list = missing.join(" ");
         bail!("Debian packages are missing; as root: apt-get install {list}");
     }
-    install(&list, &missing)
+    Ok(missing)
 }
 
 /// Makes sure of a QEMU with Dynamic Capacity Devices, which Debian 12 has in its backports only.
@@ -273,4 +280,24 @@ fn apt(args: &[&str]) -> Command {
         .arg("-qq")
         .args(args);
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_not_root_is_told_what_to_install() {
+        let there = |package: &str| package == "gcc";
+        let wanted = ["redis-server", "gcc", "sqlite3"];
+        let missing = lacking(&wanted, there, true).unwrap();
+        assert_eq!(missing, ["redis-server", "sqlite3"]);
+        let error = lacking(&wanted, there, false).unwrap_err().to_string();
+        assert!(
+            error.ends_with("as root: apt-get install redis-server sqlite3"),
+            "{error}"
+        );
+        let nothing: [&str; 0] = [];
+        assert_eq!(lacking(&["gcc"], there, false).unwrap(), nothing);
+    }
 }

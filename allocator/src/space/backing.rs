@@ -63,7 +63,7 @@ impl State {
         let (at, alias) = (self.addr(index), self.window + offset as usize);
         // SAFETY: a bare granule, and an offset that `lend` found to lie
         // inside the window.
-        if unsafe { map::back_with_window(at, alias, GRANULE) }.is_err() {
+        if unsafe { map::back_with_extent(at, alias, GRANULE) }.is_err() {
             self.pools[lot].put(offset);
             return false;
         }
@@ -89,7 +89,7 @@ impl State {
         let (at, alias) = (self.addr(index), self.window + offset as usize);
         // SAFETY: a bare granule, and an extent of this space's that nothing
         // lives on.
-        if unsafe { map::back_with_window(at, alias, GRANULE) }.is_err() {
+        if unsafe { map::back_with_extent(at, alias, GRANULE) }.is_err() {
             return false;
         }
         self.now_backed(index, backing, domain, false);

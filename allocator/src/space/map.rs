@@ -2,6 +2,7 @@
 //! (mmap(2), mremap(2), madvise(2)). No other file of this crate maps memory
 //! for granules. All are raw: they neither allocate nor touch `errno`.
 
+use super::present;
 use core::ffi::c_void;
 use core::ptr::null_mut;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -64,6 +65,26 @@ pub(super) unsafe fn back_with_window(at: usize, alias: usize, len: usize) -> Re
     // SAFETY: the caller owns the target addresses, and an old size of 0
     // leaves the source mapping as it is.
     unsafe { mremap_fixed(alias as *mut c_void, 0, len, flags, at as *mut c_void) }.map(drop)
+}
+
+/// The same with pages of an extent, which are there when this returns if the window is a device.
+///
+/// # Safety
+/// As [`back_with_window`].
+pub(super) unsafe fn back_with_extent(at: usize, alias: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: the caller's.
+    unsafe { back_with_window(at, alias, len) }?;
+    if !present::is_needed() {
+        return Ok(());
+    }
+    let populate = || {
+        // SAFETY: advice that changes no content, on what was just mapped.
+        unsafe { madvise(at as *mut c_void, len, Advice::LinuxPopulateWrite) }
+    };
+    present::populate(populate).inspect_err(|_| {
+        // SAFETY: the caller owns these addresses, and nothing is in them yet.
+        let _ = unsafe { unback(at, len) };
+    })
 }
 
 /// A shared mapping of `len` bytes that whoever touches gets SIGBUS for, and the

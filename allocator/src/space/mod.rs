@@ -23,6 +23,7 @@ mod moving;
 mod pagemap;
 mod pinning;
 mod pool;
+pub(crate) mod present;
 pub mod rebind;
 mod sharing;
 mod spilled;

@@ -47,7 +47,7 @@ impl Machine {
 }
 
 /// Puts `parameter` on the kernel's command line, as Debian and its kin do.
-fn boot_with(parameter: &str) -> String {
+pub(super) fn boot_with(parameter: &str) -> String {
     format!(
         "sudo sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{parameter} /' /etc/default/grub \
          && sudo update-grub && sudo reboot"

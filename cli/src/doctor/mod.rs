@@ -1,6 +1,7 @@
 //! `dcm doctor`: what this machine has and lacks for running, and what mends it.
 
 mod broker;
+mod device;
 mod finding;
 mod machine;
 mod rights;
@@ -8,6 +9,7 @@ mod rights;
 use std::path::PathBuf;
 
 use clap::Args;
+use dax_backend::window::Platform;
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -38,6 +40,7 @@ pub(crate) fn doctor(options: &Options) -> Result<u8, Failure> {
     let machine = Machine::real();
     let mut findings = rights::look(&machine);
     findings.extend(machine::look(&machine));
+    findings.extend(device::look(&Platform::default()));
     findings.extend(broker::look(options.socket.as_deref()));
     let count = |verdict| findings.iter().filter(|f| f.verdict == verdict).count();
     let (missing, hints) = (count(Verdict::Missing), count(Verdict::Hint));

@@ -24,6 +24,9 @@ pub enum RefusedCode {
     /// A client rejoins that this broker does not know, or that claims what it does not have.
     #[error("the broker's records know no such client, or not with these leases")]
     Leases = 5,
+    /// Its capacity is memory of a NUMA node ([`Admit::Itself`](super::Admit::Itself)).
+    #[error("the broker's capacity is memory of a NUMA node: run programs there with numactl")]
+    Node = 6,
     /// A code of a later version.
     #[error("the broker gave a reason this version does not know")]
     Unknown = u64::MAX,
@@ -38,6 +41,7 @@ impl RefusedCode {
             3 => Self::Malformed,
             4 => Self::Full,
             5 => Self::Leases,
+            6 => Self::Node,
             _ => Self::Unknown,
         }
     }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use rustix::io::Errno;
 
 use super::mapping::Mapping;
@@ -57,6 +57,14 @@ impl Window {
             flushes: true,
             ..window
         })
+    }
+
+    /// A window of `len` bytes with nothing of a device in it, for capacity that is not reached
+    /// through the broker: what is wiped of it costs nothing.
+    pub fn hollow(len: u64) -> Result<Self, Errno> {
+        let fd = memfd_create("dcmalloc-hollow", MemfdFlags::CLOEXEC)?;
+        ftruncate(&fd, len)?;
+        Self::map(fd, 0, len)
     }
 
     /// The file.
@@ -142,7 +150,7 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{MemfdFlags, SealFlags, ftruncate, memfd_create};
+    use rustix::fs::SealFlags;
     use rustix::io::{pread, pwrite};
 
     fn window(granules: u64) -> Window {

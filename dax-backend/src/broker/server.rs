@@ -49,7 +49,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// What the keeper calls the ledger.
 const LEDGER: &str = "ledger";
 
-/// Which users may take leases. Root and the broker's own user always may.
+/// Which users may take leases. But for the last, root and the broker's own user always may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admit {
     /// Nobody else.
@@ -58,6 +58,8 @@ pub enum Admit {
     Run(Uuid),
     /// Everybody: a system's broker.
     Anyone,
+    /// Only a thread of the broker's own process, which makes something else of the capacity.
+    Itself,
 }
 
 /// How a broker behaves.

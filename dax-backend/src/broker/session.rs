@@ -202,12 +202,12 @@ impl Broker {
         let run = (u128::from(message.arg(1)) << 64) | u128::from(message.arg(2));
         let run = (run != 0).then(|| Uuid::from_u128(run));
         let owner = peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw();
-        let admitted = owner
-            || match self.config.admit {
-                Admit::Owner => false,
-                Admit::Run(ours) => run == Some(ours),
-                Admit::Anyone => true,
-            };
+        let (admitted, otherwise) = match self.config.admit {
+            Admit::Itself => (peer.pid == std::process::id(), RefusedCode::Node),
+            Admit::Owner => (owner, RefusedCode::User),
+            Admit::Run(ours) => (owner || run == Some(ours), RefusedCode::User),
+            Admit::Anyone => (true, RefusedCode::User),
+        };
         let refused = if message.version() != VERSION {
             Some(RefusedCode::Version)
         } else if message.arg(0) == Role::Admin as u64 {
@@ -217,7 +217,7 @@ impl Broker {
         } else if ![Role::Client as u64, Role::Reader as u64].contains(&message.arg(0)) {
             Some(RefusedCode::Malformed)
         } else {
-            (!admitted).then_some(RefusedCode::User)
+            (!admitted).then_some(otherwise)
         };
         if let Some(code) = refused {
             self.refuse(id, code, now);

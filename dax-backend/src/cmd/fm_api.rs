@@ -1,8 +1,8 @@
 //! What a fabric manager says to a device: FM-API Initiate Dynamic Capacity Add and Release, 5604h
 //! and 5605h, and the tunnel to it through the mailbox of a switch, 5300h.
 //!
-//! They go to the device's "FM-owned LD", which is not the mailbox that a host drives. Extents are
-//! named by absolute DPA here. QEMU 10.0 has the tunnel and answers 5604h with "unsupported";
+//! They go to the device's "FM-owned LD", which is not the mailbox that a host drives;
+//! [`crate::orchestrator::fm`] sends them. Extents are named by absolute DPA here. QEMU 10.0 has the tunnel and answers 5604h with "unsupported";
 //! newer versions have both.
 
 #![forbid(unsafe_code)]
@@ -12,6 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::dynamic_capacity::ListedExtent;
 use super::{Command, MalformedResponse, ReturnCode, elements, split};
+use crate::address::{Dpa, DpaRange};
 use crate::extent::{Extent, ExtentTag};
 
 /// Head of 5604h and 5605h; extents follow.
@@ -35,6 +36,41 @@ impl Head {
         for extent in extents {
             payload.extend(ListedExtent::from(extent).as_bytes());
         }
+    }
+}
+
+/// A request as the device reads it.
+pub(crate) struct Initiated {
+    /// Bits 3:0 the policy; of a release also 4 forced, 5 sanitize.
+    pub(crate) flags: u8,
+    pub(crate) region: u8,
+    pub(crate) length: u64,
+    pub(crate) tag: ExtentTag,
+    pub(crate) ranges: Vec<DpaRange>,
+}
+
+/// Policy of 5604h and 5605h: exactly the extents that are named.
+pub(crate) const ADD_PRESCRIPTIVE: u8 = 2;
+/// The same of 5605h.
+pub(crate) const RELEASE_PRESCRIPTIVE: u8 = 1;
+
+impl Initiated {
+    /// Reads the input payload of 5604h or 5605h.
+    pub(crate) fn read(payload: &[u8]) -> Result<Self, MalformedResponse> {
+        let (head, rest) = split::<Head>(payload, "request for capacity")?;
+        let (count, before) = (head.extents.get() as usize, size_of::<Head>());
+        let (extents, _) = elements::<ListedExtent>(rest, count, before, "its extents")?;
+        let range = |extent: &ListedExtent| DpaRange {
+            start: Dpa(extent.start.get()),
+            len: extent.len.get(),
+        };
+        Ok(Self {
+            flags: head.flags,
+            region: head.region,
+            length: head.length.get(),
+            tag: ExtentTag(head.tag),
+            ranges: extents.iter().map(range).collect(),
+        })
     }
 }
 
@@ -186,6 +222,54 @@ const _: () = assert!(size_of::<TunnelHead>() == 4);
 const _: () = assert!(size_of::<MessageHead>() == 12);
 const _: () = assert!(size_of::<TunnelAnswer>() == 16);
 
+/// What a switch finds in the input payload of 5300h: the port, and the message for it.
+pub(crate) struct Tunnelling<'a> {
+    pub(crate) port: u8,
+    pub(crate) opcode: u16,
+    tag: u8,
+    pub(crate) payload: &'a [u8],
+}
+
+impl<'a> Tunnelling<'a> {
+    /// Reads the input payload.
+    pub(crate) fn read(payload: &'a [u8]) -> Result<Self, MalformedResponse> {
+        let (head, rest) = split::<TunnelHead>(payload, "tunnel")?;
+        let before = size_of::<TunnelHead>();
+        let (message, _) =
+            elements::<u8>(rest, head.len.get().into(), before, "tunnelled message")?;
+        let (inner, rest) = split::<MessageHead>(message, "tunnelled message")?;
+        let [a, b, c] = inner.len;
+        let len = u32::from_le_bytes([a, b, c, 0]) as usize;
+        let before = before + size_of::<MessageHead>();
+        let (payload, _) = elements::<u8>(rest, len, before, "tunnelled request")?;
+        Ok(Self {
+            port: head.port,
+            opcode: inner.opcode.get(),
+            tag: inner.tag,
+            payload,
+        })
+    }
+
+    /// The output payload for what the device answers.
+    pub(crate) fn answer(&self, code: ReturnCode, output: &[u8]) -> Vec<u8> {
+        let [a, b, c, ..] = (output.len() as u32).to_le_bytes();
+        let answer = TunnelAnswer {
+            len: ((size_of::<MessageHead>() + output.len()) as u16).into(),
+            reserved: [0; 2],
+            message: MessageHead {
+                category: 1,
+                tag: self.tag,
+                reserved: 0,
+                opcode: self.opcode.into(),
+                len: [a, b, c],
+                return_code: u16::from(code).into(),
+                vendor: 0.into(),
+            },
+        };
+        [answer.as_bytes(), output].concat()
+    }
+}
+
 /// What came back through a tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tunnelled<R> {
@@ -246,7 +330,6 @@ impl<C: Command> Command for Tunnel<C> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::address::{Dpa, DpaRange};
 
     fn extent(start: u64, len: u64) -> Extent {
         Extent {

@@ -4,7 +4,7 @@
 
 mod answer;
 mod drain;
-mod open;
+pub(crate) mod open;
 mod release;
 
 use std::collections::VecDeque;

@@ -141,6 +141,24 @@ impl<M: Mmio> DcDevice<M> {
 }
 
 fn find_capabilities<M: Mmio>(mmio: &mut M) -> Result<Capability, OpenError> {
+    Ok(Capability {
+        status: find(mmio, DEVICE_STATUS, "device status", 8)?,
+        mailbox: find_mailbox(mmio)?,
+        memory_status: find(mmio, MEMORY_DEVICE_STATUS, "memory device status", 8)?,
+    })
+}
+
+/// Where the primary mailbox is in the device block.
+pub(crate) fn find_mailbox<M: Mmio>(mmio: &mut M) -> Result<u32, OpenError> {
+    find(mmio, PRIMARY_MAILBOX, "primary mailbox", PAYLOAD + 256)
+}
+
+fn find<M: Mmio>(
+    mmio: &mut M,
+    id: u16,
+    what: &'static str,
+    at_least: u32,
+) -> Result<u32, OpenError> {
     let block = RegisterBlock::Device;
     let block_len = mmio.block_len(block);
     let raw = mmio.read64(block, DEVICE_ARRAY);
@@ -150,34 +168,27 @@ fn find_capabilities<M: Mmio>(mmio: &mut M) -> Result<Capability, OpenError> {
             what: "device capability array",
         });
     }
-    let mut find = |id: u16, what: &'static str, at_least: u32| {
-        for index in 0..u32::from(array.count()) {
-            let at = DEVICE_HEADERS + index * DEVICE_HEADER_LEN;
-            if at + DEVICE_HEADER_LEN > block_len {
-                break;
-            }
-            if DeviceHeader::from_bits(mmio.read32(block, at)).id() != id {
-                continue;
-            }
-            let (offset, len) = (mmio.read32(block, at + 4), mmio.read32(block, at + 8));
-            let end = offset.checked_add(len.max(at_least));
-            if len < at_least || end.is_none_or(|end| end > block_len) {
-                return Err(OpenError::CapabilityOutsideBlock {
-                    what,
-                    offset,
-                    len,
-                    block_len,
-                });
-            }
-            return Ok(offset);
+    for index in 0..u32::from(array.count()) {
+        let at = DEVICE_HEADERS + index * DEVICE_HEADER_LEN;
+        if at + DEVICE_HEADER_LEN > block_len {
+            break;
         }
-        Err(OpenError::NoCapability { what })
-    };
-    Ok(Capability {
-        status: find(DEVICE_STATUS, "device status", 8)?,
-        mailbox: find(PRIMARY_MAILBOX, "primary mailbox", PAYLOAD + 256)?,
-        memory_status: find(MEMORY_DEVICE_STATUS, "memory device status", 8)?,
-    })
+        if DeviceHeader::from_bits(mmio.read32(block, at)).id() != id {
+            continue;
+        }
+        let (offset, len) = (mmio.read32(block, at + 4), mmio.read32(block, at + 8));
+        let end = offset.checked_add(len.max(at_least));
+        if len < at_least || end.is_none_or(|end| end > block_len) {
+            return Err(OpenError::CapabilityOutsideBlock {
+                what,
+                offset,
+                len,
+                block_len,
+            });
+        }
+        return Ok(offset);
+    }
+    Err(OpenError::NoCapability { what })
 }
 
 fn wait_ready<M: Mmio>(
@@ -197,7 +208,7 @@ fn wait_ready<M: Mmio>(
 }
 
 /// Bytes of payload, which must fit the block that the mailbox is in.
-fn payload_len<M: Mmio>(mmio: &mut M, mailbox: u32) -> Result<usize, OpenError> {
+pub(crate) fn payload_len<M: Mmio>(mmio: &mut M, mailbox: u32) -> Result<usize, OpenError> {
     let block = RegisterBlock::Device;
     let capabilities = Capabilities::from_bits(mmio.read32(block, mailbox + CAPABILITIES));
     let log2 = capabilities.payload_size_log2();

@@ -86,6 +86,24 @@ impl MailboxRegisters {
     pub(super) fn write_command(&mut self, value: u64) {
         self.command = CommandRegister::from_bits(value);
     }
+
+    /// The command that waits for the doorbell, with as much input as there can be.
+    pub(super) fn request(&self) -> (u16, Vec<u8>) {
+        let len = (self.command.payload_len() as usize).min(self.payload.len());
+        (self.command.opcode(), self.payload[..len].to_vec())
+    }
+
+    /// The command is done, without a moment passing.
+    pub(super) fn complete(&mut self, result: Result<Vec<u8>, ReturnCode>) {
+        let (code, output) = match result {
+            Ok(output) => (ReturnCode::Success, output),
+            Err(code) => (code, Vec::new()),
+        };
+        self.payload[..output.len()].copy_from_slice(&output);
+        self.command.set_payload_len(output.len() as u32);
+        self.status = Status::new().with_return_code(code.into());
+        self.control.set_doorbell(false);
+    }
 }
 
 impl State {

@@ -25,6 +25,7 @@ mod memory;
 mod registers;
 mod remote;
 mod selection;
+mod switch;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -45,6 +46,7 @@ pub use fabric::{AddPolicy, AddRequest, Fabric, FabricError, ReleasePolicy, Slow
 pub use fault::{Fault, FaultKind};
 pub use registers::ModelMmio;
 pub use remote::{RemoteFabric, RemoteMmio};
+pub use switch::SwitchMmio;
 
 /// A software device. Clones are the same device.
 #[derive(Clone)]
@@ -148,6 +150,12 @@ impl SoftwareDevice {
     /// The fabric manager's side of the device.
     pub fn fabric(&self) -> Fabric {
         Fabric::new(self.clone())
+    }
+
+    /// The fabric manager's side as a mailbox: of a switch that has the device behind `port`, or
+    /// of the device itself.
+    pub fn fm_mailbox(&self, port: Option<u8>) -> SwitchMmio {
+        SwitchMmio::new(self.fabric(), port)
     }
 
     /// The device's memory, a memfd: offset 0 is the lowest DC region's base.

@@ -1,7 +1,7 @@
 //! Asking for capacity, which CXL leaves to the fabric manager.
 //!
-//! [`qmp`] asks QEMU's monitor; the software device has its own. `choice` finds free ranges for
-//! those that want to be told which.
+//! [`qmp`] asks QEMU's monitor, [`fm`] a mailbox that takes the FM-API; the software device has its
+//! own. `choice` finds free ranges for those that want to be told which.
 //!
 //! There is no command by which a host asks its device for more: whoever wants capacity asks
 //! an orchestrator (FM-API 5604h/5605h, Redfish, QMP, or the software device's fabric side),
@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod choice;
+pub mod fm;
 pub mod qmp;
 
 use std::path::Path;

@@ -31,6 +31,16 @@ pub enum PciError {
         /// The CXL memory devices that there are.
         known: Vec<PciAddress>,
     },
+    /// It has no mailbox for fabric managers.
+    #[error(
+        "{address} has no mailbox for fabric managers: its class is {class:#08x}, and a switch's has 0x0c0b00, a CXL memory device 0x050210"
+    )]
+    NoMailbox {
+        /// What was asked for.
+        address: PciAddress,
+        /// Its class code.
+        class: u32,
+    },
     /// A driver of the kernel has it.
     #[error(
         "{address} is driven by the kernel's {driver}: take it over with `dcm devices --bind {address}`, which ends that driver's use of it"

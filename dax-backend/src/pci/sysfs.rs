@@ -13,6 +13,8 @@ use crate::mmio::RegisterBlock;
 
 /// Class code of a CXL memory device: memory controller, CXL, interface 10h (CXL r3.1 8.1.12.1).
 pub const CXL_MEMORY: u32 = 0x05_0210;
+/// Class code of a switch's mailbox for fabric managers: serial bus controller, CXL (CXL r3.1 7.2.9).
+pub const SWITCH_MAILBOX: u32 = 0x0c_0b00;
 /// The kernel's driver that leaves a function to user space.
 pub const UIO_DRIVER: &str = "uio_pci_generic";
 
@@ -105,6 +107,18 @@ impl Sysfs {
         Ok(function)
     }
 
+    /// The CXL memory device at `address`, or the mailbox that a switch has there for fabric
+    /// managers.
+    ///
+    /// # Errors
+    /// As [`cxl_device`](Self::cxl_device).
+    pub fn cxl_function(&self, address: PciAddress) -> Result<PciFunction, PciError> {
+        match self.function(address) {
+            Ok(function) if function.class == SWITCH_MAILBOX => Ok(function),
+            _ => self.cxl_device(address),
+        }
+    }
+
     fn function(&self, address: PciAddress) -> Result<PciFunction, PciError> {
         let directory = self.directory(address);
         let number = |name: &str| hex(&directory.join(name));
@@ -150,7 +164,36 @@ impl Sysfs {
     /// [`PciError`]
     pub fn open(&self, address: PciAddress) -> Result<MappedRegisters, PciError> {
         let function = self.cxl_device(address)?;
-        match function.driver {
+        self.map(
+            &function,
+            &[
+                (RegisterBlock::Component, "component"),
+                (RegisterBlock::Device, "device"),
+            ],
+        )
+    }
+
+    /// Maps the registers of a mailbox for fabric managers: of a CXL memory device, or of the
+    /// function at `address` that a switch has for it. It has to be bound already.
+    ///
+    /// # Errors
+    /// [`PciError`]
+    pub fn open_mailbox(&self, address: PciAddress) -> Result<MappedRegisters, PciError> {
+        let function = self.cxl_function(address).map_err(|error| match error {
+            PciError::NotCxlMemory { class, .. } => PciError::NoMailbox { address, class },
+            error => error,
+        })?;
+        self.map(&function, &[(RegisterBlock::Device, "device")])
+    }
+
+    /// Maps `wanted` of what is bound to `uio_pci_generic`.
+    fn map(
+        &self,
+        function: &PciFunction,
+        wanted: &[(RegisterBlock, &'static str)],
+    ) -> Result<MappedRegisters, PciError> {
+        let address = function.address;
+        match function.driver.clone() {
             Some(driver) if driver == UIO_DRIVER => {}
             Some(driver) => return Err(PciError::KernelDriver { address, driver }),
             None => return Err(PciError::NotBound { address }),
@@ -162,10 +205,7 @@ impl Sysfs {
         let blocks =
             register_blocks(&mut config).map_err(|error| PciError::io(&path, "read", error))?;
         let mut registers = MappedRegisters::default();
-        for (block, what) in [
-            (RegisterBlock::Component, "component"),
-            (RegisterBlock::Device, "device"),
-        ] {
+        for &(block, what) in wanted {
             let location = blocks.iter().find(|location| location.block == block);
             let location = location.ok_or(PciError::NoRegisters { address, what })?;
             let path = directory.join(format!("resource{}", location.bar));

@@ -5,12 +5,16 @@
 
 use std::fs;
 
+use super::error::WindowError;
 use crate::address::{Hpa, HpaWindow};
 use crate::pci::error::PciError;
 use crate::pci::sysfs::{Sysfs, hex, link_name, write};
 
 /// The kernel's driver that makes `/dev/daxX.Y`.
 pub const DAX_DRIVER: &str = "device_dax";
+
+/// The kernel's driver that makes memory of a NUMA node.
+pub const KMEM_DRIVER: &str = "kmem";
 
 /// A DAX device, as sysfs shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,4 +96,56 @@ pub fn bind(sysfs: &Sysfs, device: &DaxDevice) -> Result<(), PciError> {
         write(&driver.join("bind"), &device.name).map_err(|_| error)?;
     }
     Ok(())
+}
+
+/// Gives `device` to the driver that makes memory of a NUMA node of it, and takes it from the one
+/// that makes `/dev/daxX.Y`; the node's number.
+///
+/// # Errors
+/// [`WindowError::NoKmem`], [`WindowError::NotKmem`], [`WindowError::DaxInUse`] for any other driver.
+pub fn bind_kmem(sysfs: &Sysfs, device: &DaxDevice) -> Result<u32, WindowError> {
+    let name = &device.name;
+    let directory = sysfs.path("bus/dax/devices").join(name);
+    let drivers = sysfs.path("bus/dax/drivers");
+    let kmem = drivers.join(KMEM_DRIVER);
+    if !kmem.exists() {
+        return Err(WindowError::NoKmem { name: name.clone() });
+    }
+    match device.driver.as_deref() {
+        Some(KMEM_DRIVER) => {}
+        Some(DAX_DRIVER) => {
+            write(&drivers.join(DAX_DRIVER).join("unbind"), name)?;
+            // It may have been bound without being named there.
+            let _ = write(&drivers.join(DAX_DRIVER).join("remove_id"), name);
+        }
+        Some(driver) => {
+            return Err(WindowError::DaxInUse {
+                name: name.clone(),
+                driver: driver.to_owned(),
+            });
+        }
+        None => {}
+    }
+    if device.driver.as_deref() != Some(KMEM_DRIVER) {
+        // What describes the memory would lie in it, accepted or not. Older kernels don't do that.
+        let on_memory = directory.join("memmap_on_memory");
+        if fs::read_to_string(&on_memory).is_ok_and(|set| set.trim() == "1") {
+            write(&on_memory, "0")?;
+        }
+        if let Err(error) = write(&kmem.join("new_id"), name) {
+            write(&kmem.join("bind"), name).map_err(|_| error)?;
+        }
+    }
+    let driver = link_name(&directory.join("driver"));
+    if driver.as_deref() != Some(KMEM_DRIVER) {
+        return Err(WindowError::NotKmem {
+            name: name.clone(),
+            driver,
+        });
+    }
+    let node = fs::read_to_string(directory.join("target_node")).unwrap_or_default();
+    node.trim().parse().map_err(|_| WindowError::NotKmem {
+        name: name.clone(),
+        driver,
+    })
 }

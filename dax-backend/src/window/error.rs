@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use super::cedt::BadCedt;
 use crate::address::{Hpa, HpaWindow};
+use crate::blocks::BlockError;
 use crate::error::DecoderError;
 use crate::pci::{PciAddress, PciError};
 
@@ -119,6 +120,28 @@ pub enum WindowError {
         #[source]
         source: DecoderError,
     },
+    /// The kernel has no driver that makes memory of it.
+    #[error(
+        "the kernel's driver kmem, which makes {name} memory of a NUMA node, is not loaded: `modprobe kmem` (CONFIG_DEV_DAX_KMEM)"
+    )]
+    NoKmem {
+        /// The DAX device.
+        name: String,
+    },
+    /// The kernel did not make memory of it.
+    #[error(
+        "{name} was offered to kmem, and the kernel left it {}: dmesg may say why; the machine needs NUMA nodes",
+        .driver.as_ref().map_or("without a driver".to_owned(), |driver| format!("with {driver}"))
+    )]
+    NotKmem {
+        /// The DAX device.
+        name: String,
+        /// What has it.
+        driver: Option<String>,
+    },
+    /// Its memory can't be put online block by block.
+    #[error(transparent)]
+    Blocks(#[from] BlockError),
     /// A file of the system.
     #[error(transparent)]
     System(#[from] PciError),

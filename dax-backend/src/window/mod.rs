@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use crate::address::{Hpa, HpaWindow};
+use crate::blocks::MemoryBlocks;
 use crate::device::DcDevice;
 use crate::error::DecoderError;
 use crate::hdm::{DecodedWindow, Decoders};
@@ -90,23 +91,93 @@ impl Platform {
         address: PciAddress,
     ) -> Result<WindowFile, WindowError> {
         let route = self.route(address)?;
-        let wanted = device.decode_span().len;
         let devices = dax::devices(&self.sysfs)?;
+        let decoded = self.decode(device, address, &route, &devices)?;
+        self.open(&route, &devices, decoded, device.decode_span().len)
+    }
+
+    /// As [`reach`](Self::reach), but makes the memory of `device` the kernel's: gives the DAX
+    /// device over it to `kmem`, whose memory blocks are all offline at first.
+    ///
+    /// # Errors
+    /// [`WindowError`]; nothing is the kernel's then, but decoders may be committed.
+    pub fn reach_as_node<M: Mmio>(
+        &self,
+        device: &mut DcDevice<M>,
+        address: PciAddress,
+    ) -> Result<NodeWindow, WindowError> {
+        let blocks = MemoryBlocks::of(&self.sysfs)?;
+        blocks.check_policy()?;
+        let route = self.route(address)?;
+        let devices = dax::devices(&self.sysfs)?;
+        // Never /dev/mem: that gives the kernel no memory.
+        let strict = Self {
+            dev_mem: false,
+            ..self.clone()
+        };
+        let decoded = strict.decode(device, address, &route, &devices)?;
+        let wanted = device.decode_span().len;
+        let dax = Self::covering(&route, &devices, &decoded, wanted)?;
+        let node = dax::bind_kmem(&self.sysfs, dax)?;
+        Ok(NodeWindow {
+            blocks,
+            dax: dax.name.clone(),
+            node,
+            decoded,
+        })
+    }
+
+    /// The firmware's windows that lead to the device at `address` alone.
+    ///
+    /// # Errors
+    /// [`WindowError::NoCedt`], [`WindowError::BadCedt`], [`WindowError::NoWindow`],
+    /// [`PciError::NoRights`]
+    pub fn windows_to(&self, address: PciAddress) -> Result<Vec<HpaWindow>, WindowError> {
+        Ok(self.route(address)?.windows)
+    }
+
+    /// Where the device's memory is found, after what decoders need for it.
+    fn decode<M: Mmio>(
+        &self,
+        device: &mut DcDevice<M>,
+        address: PciAddress,
+        route: &Route,
+        devices: &[DaxDevice],
+    ) -> Result<DecodedWindow, WindowError> {
         let decoder = |source| WindowError::Decoder {
             which: "the device's decoder",
             source,
         };
         // What an earlier driver or the firmware has committed stays.
-        let decoded = match device.decoded().map_err(decoder)? {
-            Some(decoded) => decoded,
-            None => {
-                let window = self.choose(&route, &devices, wanted)?;
-                // First, so that what fails here is tried again by the next start.
-                self.program_bridge(&route, address, window)?;
-                device.program_decoder(window).map_err(decoder)?
-            }
+        if let Some(decoded) = device.decoded().map_err(decoder)? {
+            return Ok(decoded);
+        }
+        let window = self.choose(route, devices, device.decode_span().len)?;
+        // First, so that what fails here is tried again by the next start.
+        self.program_bridge(route, address, window)?;
+        device.program_decoder(window).map_err(decoder)
+    }
+
+    /// The DAX device that has all of `decoded`.
+    fn covering<'a>(
+        route: &Route,
+        devices: &'a [DaxDevice],
+        decoded: &DecodedWindow,
+        wanted: u64,
+    ) -> Result<&'a DaxDevice, WindowError> {
+        let range = HpaWindow {
+            base: decoded.base,
+            len: decoded.dpa.len,
         };
-        self.open(&route, &devices, decoded, wanted)
+        let device = devices.iter().find(|device| device.covers(&range));
+        device.ok_or_else(|| {
+            let mut windows = route.windows.iter();
+            let window = windows.find(|window| window.base <= range.base);
+            WindowError::NoDax {
+                window: *window.unwrap_or(&route.windows[0]),
+                wanted,
+            }
+        })
     }
 
     /// The windows that lead to the device at `address`, and its host bridge.
@@ -225,20 +296,10 @@ impl Platform {
         decoded: DecodedWindow,
         wanted: u64,
     ) -> Result<WindowFile, WindowError> {
-        let range = HpaWindow {
-            base: decoded.base,
-            len: decoded.dpa.len,
-        };
-        let Some(device) = devices.iter().find(|device| device.covers(&range)) else {
-            if self.dev_mem {
-                return self.open_memory(decoded);
-            }
-            let window = *route
-                .windows
-                .iter()
-                .find(|window| window.base <= range.base)
-                .unwrap_or(&route.windows[0]);
-            return Err(WindowError::NoDax { window, wanted });
+        let device = match Self::covering(route, devices, &decoded, wanted) {
+            Ok(device) => device,
+            Err(_) if self.dev_mem => return self.open_memory(decoded),
+            Err(error) => return Err(error),
         };
         if let Some(driver) = &device.driver
             && driver != DAX_DRIVER
@@ -277,6 +338,19 @@ impl Platform {
             is_dev_mem: true,
         })
     }
+}
+
+/// A device's memory as the kernel's.
+#[derive(Debug)]
+pub struct NodeWindow {
+    /// The machine's memory blocks.
+    pub blocks: MemoryBlocks,
+    /// The DAX device that `kmem` has.
+    pub dax: String,
+    /// The NUMA node that its blocks are put online in.
+    pub node: u32,
+    /// Which addresses they have.
+    pub decoded: DecodedWindow,
 }
 
 /// How the host comes to a device.

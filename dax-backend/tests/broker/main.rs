@@ -5,6 +5,7 @@ mod capacity;
 mod evacuations;
 mod leases;
 mod marks;
+mod node;
 mod pressure;
 mod process;
 mod recalls;

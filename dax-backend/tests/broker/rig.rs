@@ -93,7 +93,13 @@ impl Keeper {
     }
 }
 
-fn serve(path: &std::path::Path, mut broker: Broker) -> (Stop, JoinHandle<()>) {
+/// A path as clients take it.
+pub(crate) fn socket_of(path: &std::path::Path) -> CString {
+    CString::new(path.as_os_str().as_bytes()).unwrap()
+}
+
+/// Has `broker` listen at `path` on a thread of its own.
+pub(crate) fn serve(path: &std::path::Path, mut broker: Broker) -> (Stop, JoinHandle<()>) {
     let listener = Listener::bind(path, true).unwrap();
     let stop = Stop::new().unwrap();
     let thread = {
@@ -166,7 +172,7 @@ impl Rig {
     }
 
     pub(crate) fn socket(&self) -> CString {
-        CString::new(self.path.as_os_str().as_bytes()).unwrap()
+        socket_of(&self.path)
     }
 
     pub(crate) fn client(&self) -> Client {

@@ -16,7 +16,8 @@ use dax_backend::orchestrator::qmp::QmpOrchestrator;
 use dax_backend::region::DcRegion;
 use dax_backend::staging::{Preparation, Prepare, RejectReason};
 
-use crate::qemu::Qemu;
+use crate::qemu::uio::Uio;
+use crate::qemu::{Machine, Qemu};
 use crate::wire::{Doorbells, tapped};
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -36,16 +37,23 @@ enum Vehicle {
         model: SoftwareDevice,
         fabric: Fabric,
     },
-    Qemu(Qemu),
+    Qemu(Box<dyn Machine + Send + Sync>),
 }
 
-/// Whether the tests run on QEMU's device (`DCM_TEST_DEVICE=qemu`) instead of the software model.
+/// What `DCM_TEST_DEVICE` asks for: the software model, or QEMU's device without a guest (`qemu`) or from inside
+/// one (`uio`).
+pub(crate) fn asked_for() -> String {
+    let device = std::env::var("DCM_TEST_DEVICE").unwrap_or_else(|_| "model".into());
+    assert!(
+        ["model", "qemu", "uio"].contains(&device.as_str()),
+        "DCM_TEST_DEVICE={device}: model, qemu or uio"
+    );
+    device
+}
+
+/// Whether the tests run on QEMU's device instead of the software model.
 pub(crate) fn on_qemu() -> bool {
-    match std::env::var("DCM_TEST_DEVICE").as_deref() {
-        Ok("qemu") => true,
-        Ok("model") | Err(_) => false,
-        Ok(other) => panic!("DCM_TEST_DEVICE={other}: model or qemu"),
-    }
+    asked_for() != "model"
 }
 
 /// Ends a test that another device than the model can't run.
@@ -78,7 +86,10 @@ pub(crate) fn any_device() -> TestDevice {
         return test_device(ModelConfig::default());
     }
     TestDevice {
-        vehicle: Vehicle::Qemu(Qemu::start()),
+        vehicle: Vehicle::Qemu(match asked_for().as_str() {
+            "uio" => Box::new(Uio::start()),
+            _ => Box::new(Qemu::start()),
+        }),
         doorbells: Doorbells::default(),
     }
 }
@@ -132,11 +143,14 @@ impl TestDevice {
         tapped(mmio, self.doorbells.clone())
     }
 
-    /// Who adds capacity for a broker over this device.
-    pub(crate) fn orchestrator(&self, regions: &[DcRegion]) -> Box<dyn Orchestrator> {
+    /// Who adds capacity for a broker over this device, if it can be reached from here.
+    pub(crate) fn orchestrator(&self, regions: &[DcRegion]) -> Option<Box<dyn Orchestrator>> {
         match &self.vehicle {
-            Vehicle::Model { fabric, .. } => Box::new(fabric.clone()),
-            Vehicle::Qemu(qemu) => Box::new(QmpOrchestrator::new(qemu.target(), regions)),
+            Vehicle::Model { fabric, .. } => Some(Box::new(fabric.clone())),
+            Vehicle::Qemu(qemu) => {
+                let target = qemu.target()?;
+                Some(Box::new(QmpOrchestrator::new(target, regions)))
+            }
         }
     }
 

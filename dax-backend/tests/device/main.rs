@@ -13,6 +13,7 @@ mod crashes;
 mod decoders;
 mod fabric;
 mod faults;
+mod fm;
 mod mailbox;
 mod orchestrator;
 mod recovery;

@@ -133,6 +133,20 @@ impl Tree {
             .and_then(|file| file.set_len(range.len))
             .unwrap();
     }
+
+    /// Lets `driver` have the DAX device.
+    pub(crate) fn drive_dax(&self, driver: &str) {
+        let link = self.path("sys/bus/dax/devices/dax0.0/driver");
+        let _ = fs::remove_file(&link);
+        symlink(self.path(&format!("sys/bus/dax/drivers/{driver}")), link).unwrap();
+    }
+
+    /// Memory that comes in blocks of 128 MiB, of which new ones are `policy`.
+    pub(crate) fn memory_blocks(&self, policy: &str) {
+        let directory = "sys/devices/system/memory";
+        self.write(&format!("{directory}/block_size_bytes"), "8000000\n");
+        self.write(&format!("{directory}/auto_online_blocks"), policy);
+    }
 }
 
 /// Configuration space with a Register Locator: component registers in BAR 0, device registers

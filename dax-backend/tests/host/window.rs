@@ -96,6 +96,61 @@ fn memory_of_the_system_is_not_taken_from_it() {
 }
 
 #[test]
+fn memory_of_a_node_is_the_kernel_s_block_by_block() {
+    let (tree, (model, mut driver)) = (Tree::new(), model());
+    tree.memory_blocks("offline\n");
+    tree.dax(WINDOW, Some("device_dax"));
+    tree.write("sys/bus/dax/devices/dax0.0/memmap_on_memory", "1\n");
+    tree.write("sys/bus/dax/devices/dax0.0/target_node", "1\n");
+    let node = |driver: &mut _| tree.platform().reach_as_node(driver, device());
+    let error = node(&mut driver).unwrap_err();
+    assert!(matches!(error, WindowError::NoKmem { .. }), "{error}");
+    assert!(error.to_string().contains("modprobe kmem"), "{error}");
+    tree.directory("sys/bus/dax/drivers/kmem");
+    let error = node(&mut driver).unwrap_err();
+    assert!(matches!(error, WindowError::NotKmem { .. }), "{error}");
+    let told = |file: &str| tree.read(&format!("sys/bus/dax/drivers/{file}"));
+    assert_eq!(told("device_dax/unbind"), "dax0.0");
+    assert_eq!(told("kmem/new_id"), "dax0.0");
+
+    // What the kernel keeps about the memory is not to be in it.
+    assert_eq!(
+        tree.read("sys/bus/dax/devices/dax0.0/memmap_on_memory"),
+        "0"
+    );
+    // A file does not bind anything: here it is as if another start had.
+    tree.drive_dax("kmem");
+    let window = node(&mut driver).unwrap();
+    assert_eq!((window.dax.as_str(), window.node), ("dax0.0", 1));
+    assert_eq!(window.blocks.size(), 128 << 20);
+    assert_eq!(
+        model.decode(window.decoded.base),
+        Some(driver.regions()[0].base)
+    );
+}
+
+#[test]
+fn memory_that_would_be_online_at_once_is_left_alone() {
+    let (tree, (_model, mut driver)) = (Tree::new(), model());
+    tree.dax(WINDOW, None);
+    tree.directory("sys/bus/dax/drivers/kmem");
+    let error = tree
+        .platform()
+        .reach_as_node(&mut driver, device())
+        .unwrap_err();
+    assert!(matches!(error, WindowError::Blocks(_)), "{error}");
+    assert!(error.to_string().contains("CONFIG_MEMORY_HOTPLUG"));
+    tree.memory_blocks("online\n");
+    let error = tree
+        .platform()
+        .reach_as_node(&mut driver, device())
+        .unwrap_err();
+    let told = error.to_string();
+    assert!(told.contains("memhp_default_state=offline"), "{told}");
+    assert!(driver.decoded().unwrap().is_none(), "nothing was committed");
+}
+
+#[test]
 fn firmware_without_a_window_for_the_device_is_told() {
     let (tree, (_model, mut driver)) = (Tree::new(), model());
     for targets in [&[13][..], &[12, 13]] {

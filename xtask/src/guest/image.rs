@@ -37,11 +37,27 @@ pub(super) struct Image {
     pub(super) modules: PathBuf,
 }
 
+impl Image {
+    /// The kernel's package, which a guest was started with already.
+    pub(super) fn kernel_version() -> Result<String> {
+        let package = kernel_package()?;
+        let name = package.file_name().unwrap_or_default().to_string_lossy();
+        let mut parts = name.split('_');
+        let (name, version) = (parts.next(), parts.next());
+        let version = version.unwrap_or_default().replace("%3a", ":");
+        Ok(format!("{} {version}", name.unwrap_or_default()))
+    }
+}
+
+fn kernel_package() -> Result<PathBuf> {
+    packages::download_backport("linux-image-amd64", &directory().join("packages"))
+}
+
 /// Fetches the kernel, unless it is there, and packs the initial file system.
 pub(super) fn make() -> Result<Image> {
     packages::ensure(PACKAGES)?;
     let dir = directory();
-    let package = packages::download_backport("linux-image-amd64", &dir.join("packages"))?;
+    let package = kernel_package()?;
     let unpacked = dir.join(package.file_stem().unwrap_or_default());
     if !unpacked.is_dir() {
         unpack(&package, &unpacked)?;

@@ -11,7 +11,7 @@ use crate::workspace;
 /// registers, on a boundary of 256 MiB. `dcm` reads it from the CEDT; the kernel has to be told on its
 /// command line, before there is anyone to read.
 const WINDOW_BASE: u64 = 0x1_1000_0000;
-/// Bytes of dynamic capacity, in two DC regions, and of the window that they appear in.
+/// Bytes of dynamic capacity, in one DC region, and of the window that it appears in.
 const WINDOW: u64 = 1 << 30;
 /// The machine's own memory. Up to 2 GiB lie below 4 GiB, which the base of the window rests on.
 const MEMORY: &str = "2G";
@@ -19,6 +19,8 @@ const MEMORY: &str = "2G";
 pub(super) const DEVICE: &str = "/machine/peripheral/dcd0";
 /// The port's name that the guest looks for.
 pub(super) const PORT: &str = "dcmalloc.checks";
+/// The same for a port that is a monitor of QEMU's.
+pub(super) const MONITOR: &str = "dcmalloc.qmp";
 
 /// A machine that runs `command` under the host's own files and then switches itself off.
 pub(super) fn qemu(image: &Image, qmp: &Path, command: &[&str]) -> Command {
@@ -50,7 +52,7 @@ pub(super) fn qemu(image: &Image, qmp: &Path, command: &[&str]) -> Command {
     );
     option(
         "-device",
-        &"cxl-type3,bus=rp0,volatile-dc-memdev=dc0,num-dc-regions=2,id=dcd0,sn=0x1234",
+        &"cxl-type3,bus=rp0,volatile-dc-memdev=dc0,num-dc-regions=1,id=dcd0,sn=0x1234",
     );
     option(
         "-machine",
@@ -85,19 +87,25 @@ pub(super) fn qemu(image: &Image, qmp: &Path, command: &[&str]) -> Command {
     qemu
 }
 
-/// Adds what the checks need to `qemu`: a line to the runner in the guest, at `port`, and a file for what the
-/// console says.
-pub(super) fn equip(qemu: &mut Command, port: &Path, console: &Path) {
-    qemu.args(["-device", "virtio-serial-pci,bus=pcie.0"])
-        .arg("-chardev")
-        .arg(format!(
-            "socket,id=port,path={},server=on,wait=off",
-            port.display()
-        ))
-        .args([
+/// Adds what the checks need to `qemu`: a line to the runner in the guest, at the socket `port`; a port of the
+/// guest that is a monitor, by way of the socket `monitor`; and a file for what the console says.
+pub(super) fn equip(qemu: &mut Command, port: &Path, monitor: &Path, console: &Path) {
+    let mut option = |name: &str, value: String| {
+        qemu.arg(name).arg(value);
+    };
+    let (port, monitor) = (port.display(), monitor.display());
+    option("-device", "virtio-serial-pci,bus=pcie.0".into());
+    for (id, path, name) in [("port", &port, PORT), ("monitor", &monitor, MONITOR)] {
+        option(
+            "-chardev",
+            format!("socket,id={id},path={path},server=on,wait=off"),
+        );
+        option(
             "-device",
-            &format!("virtserialport,chardev=port,name={PORT}"),
-        ])
-        .arg("-serial")
-        .arg(format!("file:{}", console.display()));
+            format!("virtserialport,chardev={id},name={name}"),
+        );
+    }
+    option("-chardev", format!("socket,id=qmp,path={monitor}"));
+    option("-mon", "chardev=qmp,mode=control".into());
+    option("-serial", format!("file:{}", console.display()));
 }

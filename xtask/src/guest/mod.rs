@@ -5,6 +5,7 @@ mod check;
 mod image;
 mod inside;
 mod machine;
+mod page;
 mod plan;
 mod port;
 mod qmp;

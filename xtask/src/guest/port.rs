@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
@@ -62,20 +63,13 @@ pub(super) struct Port {
 }
 
 impl Port {
-    /// Finds the port by its name.
+    /// The line to the host.
     pub(super) fn open() -> Result<Self> {
-        for entry in fs::read_dir("/sys/class/virtio-ports").context("no virtio ports")? {
-            let entry = entry?;
-            let name = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
-            if name.trim() == machine::PORT {
-                let path = std::path::Path::new("/dev").join(entry.file_name());
-                let file = OpenOptions::new().read(true).write(true).open(path)?;
-                return Ok(Self {
-                    stream: Mutex::new(BufReader::new(file)),
-                });
-            }
-        }
-        bail!("no virtio port is called {}", machine::PORT)
+        let path = find(machine::PORT)?;
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        Ok(Self {
+            stream: Mutex::new(BufReader::new(file)),
+        })
     }
 
     /// Says `line` to the host.
@@ -94,6 +88,18 @@ impl Port {
             serde_json::from_str(&text).with_context(|| format!("the host answers {text:?}"))?;
         answer.map_err(anyhow::Error::msg)
     }
+}
+
+/// The virtio port of that name.
+pub(super) fn find(name: &str) -> Result<PathBuf> {
+    for entry in fs::read_dir("/sys/class/virtio-ports").context("no virtio ports")? {
+        let entry = entry?;
+        let found = fs::read_to_string(entry.path().join("name")).unwrap_or_default();
+        if found.trim() == name {
+            return Ok(Path::new("/dev").join(entry.file_name()));
+        }
+    }
+    bail!("no virtio port is called {name}")
 }
 
 /// Writes `line` as one.

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::plan::{self, Plan};
 use super::port::{self, Answer, Line, Outcome, Verdict};
 use super::qmp::{self, Qmp};
-use super::{check, image, machine};
+use super::{check, image, machine, page};
 use crate::packages;
 use crate::process::Background;
 use crate::rung::{Tally, build};
@@ -52,7 +52,11 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
         return Ok(true);
     }
     let start = Instant::now();
-    let tally = checks(&options.checks, options.full)?;
+    let report = in_guest(known(&options.checks)?, options.full)?;
+    let tally = tell(&report);
+    if options.full && options.checks.is_empty() {
+        page::write(&report, start.elapsed())?;
+    }
     println!(
         "\n{} passed, {} failed, {:.0} s",
         tally.passed,
@@ -62,14 +66,19 @@ pub(crate) fn run(options: &Options) -> Result<bool> {
     Ok(tally.failed.is_empty())
 }
 
-/// Runs checks in one guest, with a table of them.
-pub(crate) fn checks(names: &[String], full: bool) -> Result<Tally> {
+/// Runs all checks but the long ones in one guest, with a table of them.
+pub(crate) fn checks() -> Result<Tally> {
+    Ok(tell(&in_guest(&[], false)?))
+}
+
+/// `names`, if there are such checks.
+fn known(names: &[String]) -> Result<&[String]> {
     for name in names {
         if !check::ALL.iter().any(|check| check.name == name) {
             bail!("no check {name}; cargo xtask guest test --list");
         }
     }
-    Ok(tell(&in_guest(names, full)?))
+    Ok(names)
 }
 
 /// Builds what the guest runs, and boots one that runs the checks.
@@ -121,7 +130,8 @@ fn boot(plan: &Plan) -> Result<Report> {
     let runner = std::env::current_exe()?;
     let runner = runner.to_str().context("a path that is no text")?;
     let mut qemu = machine::qemu(&image, &qmp_socket, &[runner, "guest", "inside"]);
-    machine::equip(&mut qemu, &port_socket, &console);
+    let monitor = dir.path().join("monitor.sock");
+    machine::equip(&mut qemu, &port_socket, &monitor, &console);
     eprintln!("booting; the guest's console goes to {}", console.display());
     let start = Instant::now();
     let mut qemu = Background::start(&mut qemu)?;

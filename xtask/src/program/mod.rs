@@ -3,6 +3,7 @@
 mod gcc;
 mod python;
 mod redis;
+pub(crate) mod redis_server;
 pub(crate) mod sqlite;
 
 use std::process::Command;

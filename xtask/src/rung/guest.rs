@@ -6,5 +6,5 @@ use super::Tally;
 use crate::guest::test;
 
 pub(super) fn run() -> Result<Tally> {
-    test::checks(&[], false)
+    test::checks()
 }

@@ -15,7 +15,8 @@ use super::Tally;
 use crate::broker::{self, Broker};
 use crate::others::{self, Others};
 use crate::packages;
-use crate::process::{self, Background};
+use crate::process::Background;
+use crate::program::redis_server::Server;
 
 const LIMIT: Duration = Duration::from_secs(180);
 const KEYS: usize = 100_000;
@@ -38,8 +39,8 @@ pub(super) fn run(tally: &mut Tally) -> Result<()> {
     let dir = tempfile::tempdir()?;
     write_load(&dir.path().join("load"))?;
     let bare = Session::start(Command::new("redis-server"), dir.path())?;
-    let digest = bare.digest()?;
-    bare.end()?;
+    let digest = bare.server.digest()?;
+    bare.server.end_well()?;
     tally.check(
         "redis while all its extents come and go",
         moves_to_dram(dir.path(), &digest),
@@ -97,7 +98,7 @@ fn moves_to_dram(dir: &Path, digest: &str) -> Result<()> {
         share >= least,
         "{stormy:.0} requests/s under recalls, {calm:.0} between: {share:.2}, less than {least}"
     );
-    session.end()
+    session.server.end_well()
 }
 
 fn spills(dir: &Path, digest: &str) -> Result<()> {
@@ -129,7 +130,7 @@ fn spills(dir: &Path, digest: &str) -> Result<()> {
         pulls.spilled >> 20,
         pulls.moved >> 20
     );
-    session.end()
+    session.server.end_well()
 }
 
 /// Recalls of everything, and what they brought.
@@ -195,75 +196,22 @@ fn all_on_extents(broker: &Broker) -> Result<()> {
 
 /// A server with all keys loaded.
 struct Session<'a> {
-    server: Background,
+    server: Server<'a>,
     dir: &'a Path,
 }
 
 impl<'a> Session<'a> {
     fn start(mut server: Command, dir: &'a Path) -> Result<Self> {
-        server.current_dir(dir).args([
-            "--port",
-            "0",
-            "--unixsocket",
-            "redis.sock",
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            "--enable-debug-command",
-            "yes",
-        ]);
-        let server = Background::start(&mut server)?;
-        let mut session = Self { server, dir };
-        let end = Instant::now() + LIMIT;
-        while !session
-            .cli(&["PING"])
-            .is_ok_and(|pong| pong.trim() == "PONG")
-        {
-            ensure!(
-                !session.server.has_ended()?,
-                "the server ended at its start"
-            );
-            ensure!(Instant::now() < end, "the server does not answer");
-            thread::sleep(Duration::from_millis(50));
-        }
-        let mut load = Command::new("sh");
-        load.current_dir(dir)
-            .args(["-c", "redis-cli -s redis.sock --pipe < load"]);
-        let loaded = process::run(&mut load, LIMIT)?;
-        ensure!(
-            loaded.stdout.contains("errors: 0"),
-            "loading: {} {}",
-            loaded.stdout.trim(),
-            loaded.stderr.trim()
-        );
-        Ok(session)
-    }
-
-    fn cli(&self, args: &[&str]) -> Result<String> {
-        let mut cli = Command::new("redis-cli");
-        cli.current_dir(self.dir).args(["-s", "redis.sock"]);
-        let finished = process::run(cli.args(args), LIMIT)?;
-        ensure!(
-            finished.success(),
-            "redis-cli {}: {}",
-            args.join(" "),
-            finished.ending()
-        );
-        Ok(finished.stdout)
-    }
-
-    fn digest(&self) -> Result<String> {
-        let digest = self.cli(&["DEBUG", "DIGEST"])?.trim().to_owned();
-        ensure!(digest.len() == 40, "no digest but {digest:?}");
-        Ok(digest)
+        let server = Server::start(&mut server, dir, LIMIT)?;
+        server.feed("load")?;
+        Ok(Self { server, dir })
     }
 
     /// All keys are there and hold what they held.
     fn keeps(&self, digest: &str) -> Result<()> {
-        let keys = self.cli(&["DBSIZE"])?;
+        let keys = self.server.cli(&["DBSIZE"])?;
         ensure!(keys.trim() == KEYS.to_string(), "{} keys", keys.trim());
-        let now = self.digest()?;
+        let now = self.server.digest()?;
         ensure!(now == digest, "digest {now}, without us {digest}");
         Ok(())
     }
@@ -288,19 +236,7 @@ impl<'a> Session<'a> {
 
     /// Requests served so far.
     fn served(&self) -> Result<u64> {
-        served(&self.cli(&["INFO", "stats"])?)
-    }
-
-    fn end(self) -> Result<()> {
-        let _ = self.cli(&["SHUTDOWN", "NOSAVE"]);
-        let finished = self.server.finish(Duration::from_secs(30))?;
-        ensure!(
-            finished.success() && finished.stderr.is_empty(),
-            "the server: {} {}",
-            finished.ending(),
-            finished.stderr.trim()
-        );
-        Ok(())
+        served(&self.server.cli(&["INFO", "stats"])?)
     }
 }
 

@@ -6,6 +6,7 @@
 //! filled by the time it is given up.
 
 use super::{GRANULE, LivePages, PAGE, RUN};
+use crate::space::present;
 use core::ffi::c_void;
 use core::ptr::null_mut;
 use rustix::io::Errno;
@@ -103,7 +104,11 @@ impl Staging {
         self.put(i, 1, at);
         // A child that inherited it would write into its parent's heap.
         advise(at, GRANULE, Advice::LinuxDontFork)?;
-        advise(at, GRANULE, Advice::LinuxDontDump)
+        advise(at, GRANULE, Advice::LinuxDontDump)?;
+        match present::is_needed() {
+            true => populate(at, GRANULE, Advice::LinuxPopulateWrite),
+            false => Ok(()),
+        }
     }
 
     /// Makes reserved granule `i` anonymous memory, a huge page if there is
@@ -154,11 +159,7 @@ pub(super) fn populate_live(at: usize, live: &LivePages, how: Advice) -> Result<
 }
 
 fn populate(at: usize, len: usize, how: Advice) -> Result<(), Errno> {
-    match advise(at, len, how) {
-        // Before Linux 5.14 the copy itself faults them in.
-        Err(Errno::INVAL) => Ok(()),
-        done => done,
-    }
+    present::populate(|| advise(at, len, how))
 }
 
 /// `errno` after a call of libc's that failed.

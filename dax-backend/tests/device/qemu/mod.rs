@@ -5,6 +5,7 @@
 
 mod monitor;
 mod qtest;
+pub(crate) mod uio;
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -34,15 +35,33 @@ const BARS: [(u16, u32); 3] = [
     (0x18, 0xe001_0000),
     (0x20, 0xe002_0000),
 ];
-/// 1 GiB of dynamic capacity in one region, which begins at DPA 0.
+/// A root port, and a file of 1 GiB.
 const MACHINE: &str = "-machine q35,cxl=on -accel tcg -S -display none -nodefaults -m 128M \
     -M cxl-fmw.0.targets.0=cxl.0,cxl-fmw.0.size=4G \
     -object memory-backend-ram,id=dc0,size=1G \
     -device pxb-cxl,bus_nr=52,bus=pcie.0,id=cxl.0 \
-    -device cxl-rp,port=0,bus=cxl.0,id=rp0,chassis=0,slot=2 \
-    -device cxl-type3,bus=rp0,volatile-dc-memdev=dc0,num-dc-regions=1,id=dcd0,sn=99";
+    -device cxl-rp,port=0,bus=cxl.0,id=rp0,chassis=0,slot=2";
+/// 1 GiB of dynamic capacity in one region, which begins at DPA 0, behind the root port.
+const DEVICE: &str =
+    "-device cxl-type3,bus=rp0,volatile-dc-memdev=dc0,num-dc-regions=1,id=dcd0,sn=99";
+/// The same behind port 0 of a switch, which has a mailbox for fabric managers beside its upstream port.
+const SWITCH: &str = "-device cxl-upstream,bus=rp0,id=us0,addr=0.0,multifunction=on \
+    -device cxl-switch-mailbox-cci,bus=rp0,addr=0.1,target=us0 \
+    -device cxl-downstream,port=0,bus=us0,id=ds0,chassis=0,slot=4 \
+    -device cxl-type3,bus=ds0,volatile-dc-memdev=dc0,num-dc-regions=1,id=dcd0,sn=99";
 
-/// A machine with one device. It ends with this, or with the thread that started it.
+/// A machine with one of QEMU's devices.
+pub(crate) trait Machine {
+    fn mmio(&self) -> Box<dyn Mmio>;
+    /// The same device for an orchestrator, at a monitor of its own, if this machine has one.
+    fn target(&self) -> Option<QmpTarget>;
+    /// Offers ranges of region 0 as one More group.
+    fn add(&self, ranges: &[DpaRange], tag: ExtentTag);
+    /// Asks for ranges of region 0 back.
+    fn release(&self, ranges: &[DpaRange]);
+}
+
+/// A machine with one device and no guest. It ends with this, or with the thread that started it.
 pub(crate) struct Qemu {
     process: Child,
     qtest: Arc<Mutex<Qtest>>,
@@ -54,6 +73,15 @@ pub(crate) struct Qemu {
 
 impl Qemu {
     pub(crate) fn start() -> Self {
+        Self::launch(DEVICE, boot)
+    }
+
+    /// A machine with a switch: its registers are those of the switch's mailbox for fabric managers.
+    pub(crate) fn with_a_switch() -> Self {
+        Self::launch(SWITCH, boot_mailbox)
+    }
+
+    fn launch(devices: &str, boot: fn(&mut Qtest) -> [u64; 2]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let (registers, monitor) = (directory.path().join("qtest"), directory.path().join("qmp"));
         let listener = UnixListener::bind(&registers).expect("a socket");
@@ -61,6 +89,7 @@ impl Qemu {
         let mut process = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "qemu-system-x86_64"])
             .args(MACHINE.split_whitespace())
+            .args(devices.split_whitespace())
             .arg("-qtest")
             .arg(format!("unix:{}", registers.display()))
             .arg("-qmp")
@@ -88,27 +117,28 @@ impl Qemu {
             directory,
         }
     }
+}
 
-    pub(crate) fn mmio(&self) -> Box<dyn Mmio> {
+impl Machine for Qemu {
+    fn mmio(&self) -> Box<dyn Mmio> {
         Box::new(Registers {
             qtest: Arc::clone(&self.qtest),
             blocks: self.blocks,
         })
     }
 
-    /// The same device for an orchestrator, at a monitor of its own.
-    pub(crate) fn target(&self) -> QmpTarget {
-        QmpTarget {
+    fn target(&self) -> Option<QmpTarget> {
+        Some(QmpTarget {
             socket: self.directory.path().join("orchestrator"),
             device: "/machine/peripheral/dcd0".into(),
-        }
+        })
     }
 
-    pub(crate) fn add(&self, ranges: &[DpaRange], tag: ExtentTag) {
+    fn add(&self, ranges: &[DpaRange], tag: ExtentTag) {
         self.monitor.lock().add(ranges, tag);
     }
 
-    pub(crate) fn release(&self, ranges: &[DpaRange]) {
+    fn release(&self, ranges: &[DpaRange]) {
         self.monitor.lock().release(ranges);
     }
 }
@@ -148,18 +178,7 @@ fn connect(path: &Path) -> UnixStream {
 
 /// Brings the device up, and finds its registers by the Register Locator.
 fn boot(qtest: &mut Qtest) -> [u64; 2] {
-    qtest.write_port(0x64, 0);
-    qtest.write_port(0x60, ECAM as u32 | 1);
-    let mut port = Function {
-        qtest,
-        at: ECAM + (BUS << 20),
-    };
-    let mut write = |offset, value| port.write32(offset, value).expect("QEMU writes");
-    let (primary, secondary) = (BUS as u32, BUS as u32 + 1);
-    write(0x18, secondary << 16 | secondary << 8 | primary);
-    // The memory behind the port: 1 MiB at the first base address.
-    write(0x20, BARS[0].1 | BARS[0].1 >> 16);
-    write(0x04, 0b110);
+    open_port(qtest);
     let mut device = Function {
         qtest,
         at: ECAM + ((BUS + 1) << 20),
@@ -175,6 +194,41 @@ fn boot(qtest: &mut Qtest) -> [u64; 2] {
         let found = found.expect("the device has a Register Locator");
         u64::from(BARS[usize::from(found.bar / 2)].1) + found.offset
     })
+}
+
+/// The same for the mailbox of a switch, which has device registers only.
+fn boot_mailbox(qtest: &mut Qtest) -> [u64; 2] {
+    open_port(qtest);
+    let mut mailbox = Function {
+        qtest,
+        at: ECAM + ((BUS + 1) << 20) + (1 << 12),
+    };
+    let (offset, base) = BARS[0];
+    mailbox.write32(offset, base).expect("QEMU writes");
+    mailbox.write32(offset + 4, 0).expect("QEMU writes");
+    enable(&mut mailbox).expect("QEMU writes");
+    let located = register_blocks(&mut mailbox).expect("QEMU reads");
+    let found = located
+        .iter()
+        .find(|location| location.block == RegisterBlock::Device && location.bar == 0);
+    let found = found.expect("the switch has a Register Locator");
+    [0, u64::from(base) + found.offset]
+}
+
+/// Has the root port pass on what is for the bus and the addresses behind it.
+fn open_port(qtest: &mut Qtest) {
+    qtest.write_port(0x64, 0);
+    qtest.write_port(0x60, ECAM as u32 | 1);
+    let mut port = Function {
+        qtest,
+        at: ECAM + (BUS << 20),
+    };
+    let mut write = |offset, value| port.write32(offset, value).expect("QEMU writes");
+    let (primary, secondary) = (BUS as u32, BUS as u32 + 1);
+    write(0x18, secondary << 16 | secondary << 8 | primary);
+    // The memory behind the port: 1 MiB at the first base address.
+    write(0x20, BARS[0].1 | BARS[0].1 >> 16);
+    write(0x04, 0b110);
 }
 
 /// The register blocks of a machine's device.

@@ -1,18 +1,22 @@
 //! QEMU's monitor, the fabric manager of its device (`cxl-add-dynamic-capacity` in its QMP reference).
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{BufRead, BufReader, Read, Write};
 
 use dax_backend::address::DpaRange;
 use dax_backend::extent::ExtentTag;
 use serde_json::{Value, json};
 
+/// A way to QEMU.
+pub(super) trait Stream: Read + Write + Send {}
+
+impl<T: Read + Write + Send> Stream for T {}
+
 /// One connection to QMP.
-pub(super) struct Monitor(BufReader<UnixStream>);
+pub(super) struct Monitor(BufReader<Box<dyn Stream>>);
 
 impl Monitor {
-    pub(super) fn new(stream: UnixStream) -> Self {
-        let mut monitor = Self(BufReader::new(stream));
+    pub(super) fn new(stream: impl Stream + 'static) -> Self {
+        let mut monitor = Self(BufReader::new(Box::new(stream)));
         monitor.line();
         monitor.execute("qmp_capabilities", json!({}));
         monitor

@@ -81,7 +81,8 @@ pub(super) fn run() -> Result<bool> {
     Ok(true)
 }
 
-fn qemu_version() -> Result<String> {
+/// QEMU's version, as it says.
+pub(super) fn qemu_version() -> Result<String> {
     let mut qemu = Command::new("qemu-system-x86_64");
     let said = process::run(qemu.arg("--version"), std::time::Duration::from_secs(60))?;
     ensure!(said.success(), "qemu-system-x86_64: {}", said.ending());

@@ -159,7 +159,7 @@ pub(super) fn evacuation(guest: &Guest) -> Result<()> {
         moved / MIB
     ));
     // Which of the two goes found it depends on where the broker had lent from, and where the first went.
-    ensure!(moved > 0, "nothing was moved");
+    served.has_moved()?;
     // The device says the same: what is still accepted can't be offered.
     guest
         .add(0, &pieces)

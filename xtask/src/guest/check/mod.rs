@@ -1,9 +1,10 @@
 //! What is checked in the guest.
 
 mod device;
+mod node;
 mod programs;
-mod rebind;
 pub(super) mod served;
+mod tests;
 
 use anyhow::Result;
 
@@ -23,10 +24,11 @@ pub(super) struct Check {
 }
 
 /// What Debian calls the programs that the checks use.
-pub(super) const PACKAGES: &[&str] = &["python3.11", "sqlite3"];
+pub(super) const PACKAGES: &[&str] = &["python3.11", "redis-server", "redis-tools", "sqlite3"];
 
 /// Packages of the workspace, and their test programs that run in the guest.
 pub(super) const TESTS: &[(&str, &str)] = &[
+    ("dcmalloc-dax-backend", "device"),
     ("dcmalloc-allocator", "rebind_hazards"),
     ("dcmalloc-allocator", "rebind_storm"),
 ];
@@ -57,16 +59,34 @@ pub(super) const ALL: &[Check] = &[
         run: programs::sqlite,
     },
     Check {
+        name: "redis",
+        shows: "half of a server's extents are asked back while a client writes and reads",
+        full: false,
+        run: programs::redis,
+    },
+    Check {
         name: "rebind-storm",
         shows: "granules of /dev/dax move under writers: nothing is lost",
         full: false,
-        run: rebind::storm,
+        run: tests::storm,
     },
     Check {
         name: "rebind-hazards",
         shows: "what a program may do to memory in flight, on /dev/dax",
         full: true,
-        run: rebind::hazards,
+        run: tests::hazards,
+    },
+    Check {
+        name: "device",
+        shows: "the driver's device tests, on registers mapped through sysfs",
+        full: false,
+        run: tests::device,
+    },
+    Check {
+        name: "node",
+        shows: "a program on a NUMA node of extents: a block goes, the data stays",
+        full: false,
+        run: node::node,
     },
 ];
 

@@ -33,7 +33,13 @@ pub(in super::super) struct Served {
 
 impl Served {
     pub(in super::super) fn start(guest: &Guest) -> Result<Self> {
-        let broker = Broker::over(&["--device", &guest.device], LIMIT)?;
+        Self::start_with(guest, &[])
+    }
+
+    /// The same with further options of `dcm serve`.
+    pub(in super::super) fn start_with(guest: &Guest, options: &[&str]) -> Result<Self> {
+        let device = ["--device", guest.device.as_str()];
+        let broker = Broker::over(&[&device, options].concat(), LIMIT)?;
         Ok(Self { broker })
     }
 
@@ -92,6 +98,13 @@ impl Served {
             }
             thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// The program has moved what it used. A receipt that is written at its deadline does not say so, and a busy
+    /// machine may take longer.
+    pub(in super::super) fn has_moved(&self) -> Result<()> {
+        let moved = "/clients/0/stats/evacuated_granules";
+        self.until(moved, |granules| granules > 0).map(drop)
     }
 
     /// The last receipt, with its number.
