@@ -80,6 +80,13 @@ pub const KEYS: &[Key] = &[
         "how much may move back to extents per second when there are some again",
     ),
     key(
+        "moves",
+        "safe | user",
+        "safe",
+        "where the kernel's own accesses can't be made to wait: whether live memory stays where it \
+         is, or moves and a system call that meets it fails with EFAULT",
+    ),
+    key(
         "fork",
         "lazy | eager | none",
         "lazy",
@@ -153,6 +160,9 @@ pub struct Config {
     pub io_dram: bool,
     /// Bytes per second that may be moved back to extents; 0: none.
     pub promote: u64,
+    /// Whether live memory moves also where a system call that meets it then
+    /// fails with `EFAULT`.
+    pub user_moves: bool,
     /// How a forked child gets what is on extents.
     pub fork: ForkPolicy,
     /// Milliseconds for which freed pages of extents stay with the engine.
@@ -179,6 +189,7 @@ impl Config {
         spill_limit: u64::MAX,
         io_dram: true,
         promote: 512 << 20,
+        user_moves: false,
         fork: ForkPolicy::Lazy,
         decay_ms: 250,
         return_after_ms: 500,
@@ -218,6 +229,11 @@ impl Config {
             "spill_limit" => self.spill_limit = parse_size(value).ok_or(bad(key.values))? as u64,
             "io_dram" => self.io_dram = value.parse().map_err(|_| bad(key.values))?,
             "promote" => self.promote = parse_size(value).ok_or(bad(key.values))? as u64,
+            "moves" => match value {
+                "safe" => self.user_moves = false,
+                "user" => self.user_moves = true,
+                _ => return Err(bad(key.values)),
+            },
             "fork" => self.fork = fork(value).ok_or(bad(key.values))?,
             "decay" => self.decay_ms = value.parse().map_err(|_| bad(key.values))?,
             "return_after" => self.return_after_ms = value.parse().map_err(|_| bad(key.values))?,
@@ -295,6 +311,12 @@ impl fmt::Display for Setting<'_> {
             "spill_limit" => limit(f, config.spill_limit),
             "io_dram" => write!(f, "{}", config.io_dram),
             "promote" => write!(f, "{}", config.promote),
+            "moves" => f.write_str(if config.user_moves { "user" } else { "safe" }),
+            "fork" => f.write_str(match config.fork {
+                ForkPolicy::Lazy => "lazy",
+                ForkPolicy::Eager => "eager",
+                ForkPolicy::None => "none",
+            }),
             "decay" => write!(f, "{}", config.decay_ms),
             "return_after" => write!(f, "{}", config.return_after_ms),
             "on_lost" => f.write_str(if config.zero_lost { "zero" } else { "sigbus" }),
@@ -593,6 +615,31 @@ mod tests {
         assert_eq!(parse_size("12"), Some(12));
         for bad in ["", "K", "1KK", "1X", "-1", "99999999999T", "1.5G"] {
             assert_eq!(parse_size(bad), None, "{bad}");
+        }
+    }
+
+    /// `confirm_conf` and `dcm_ctl` said `false` of `fork`.
+    #[test]
+    fn what_is_set_is_what_is_told() {
+        for key in KEYS {
+            let words = key.values.split(" | ");
+            let plain = words.filter(|word| word.chars().all(|c| c.is_ascii_lowercase()));
+            for word in plain {
+                let item = format!("{}:{word}", key.name);
+                let mut config = Config::DEFAULT;
+                config.set(&item).unwrap();
+                assert_eq!(
+                    config.value(key.name).as_deref(),
+                    Some(word),
+                    "{}",
+                    key.name
+                );
+            }
+            let mut config = Config::DEFAULT;
+            config
+                .set(&format!("{}:{}", key.name, key.default))
+                .unwrap();
+            assert_eq!(config, Config::DEFAULT, "{}", key.name);
         }
     }
 }

@@ -83,12 +83,13 @@ impl Evacuator {
     /// Takes what it needs of the calling thread, which must be the worker.
     /// `None`: no userfaultfd, or one that can't block the kernel's own
     /// accesses: system calls of the program would fail with EFAULT, and so
-    /// nothing is moved.
+    /// nothing is moved, unless the settings want it (`moves:user`).
     pub(crate) fn start(heap: &Heap, source: &dyn ExtentSource) -> Option<Self> {
         let mover = Mover::start(&MONITOR, source.userfaultfd()).ok()?;
-        if !mover.takes_kernel_faults() {
+        if !(mover.takes_kernel_faults() || heap.config().user_moves) {
             return None;
         }
+        heap.note_user_moves(!mover.takes_kernel_faults());
         let dir = heap.config().spill_dir;
         let spill = dir.and_then(|dir| Spill::open(dir.as_c_str(), heap.space().granules()).ok());
         heap.note_spill(match (&dir, &spill) {

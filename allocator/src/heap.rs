@@ -5,7 +5,7 @@
 //!         └─ an arena on extents ───────────┴─ hooks ── space ── pool ◄── service ◄── source
 //! ```
 
-use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use core::time::Duration;
 use std::sync::OnceLock;
 use std::time::Instant;
@@ -87,6 +87,8 @@ pub struct Heap {
     restored: AtomicU64,
     spill_lost: AtomicU64,
     spill_state: AtomicU32,
+    /// System calls that meet a granule in flight fail.
+    user_moves: AtomicBool,
     forks: Lock<()>,
     /// Live granules that forks left out.
     unforked: AtomicU64,
@@ -118,6 +120,7 @@ impl Heap {
             restored: AtomicU64::new(0),
             spill_lost: AtomicU64::new(0),
             spill_state: AtomicU32::new(0),
+            user_moves: AtomicBool::new(false),
             forks: Lock::new(()),
             unforked: AtomicU64::new(0),
             reconnect: OnceLock::new(),
@@ -500,6 +503,7 @@ impl Heap {
             unforked: self.unforked.load(Ordering::Relaxed),
             restored: self.restored.load(Ordering::Relaxed),
             spill_lost: self.spill_lost.load(Ordering::Relaxed),
+            user_moves: self.user_moves.load(Ordering::Relaxed),
             spill: match self.spill_state.load(Ordering::Relaxed) {
                 1 => SpillState::Unusable,
                 2 => SpillState::NoRing,
@@ -550,6 +554,10 @@ impl Heap {
     pub(crate) fn spill_allowance(&self) -> u64 {
         let spilled = self.space.usage().spilled;
         self.config().spill_limit.saturating_sub(spilled)
+    }
+
+    pub(crate) fn note_user_moves(&self, yes: bool) {
+        self.user_moves.store(yes, Ordering::Relaxed);
     }
 
     pub(crate) fn note_spill(&self, state: SpillState) {

@@ -47,6 +47,9 @@ pub struct Stats {
     pub spill: SpillState,
     /// Live granules can be moved at all: there is a userfaultfd.
     pub moves_live: bool,
+    /// They are moved though the kernel's own accesses can't be made to wait: a
+    /// system call that meets one in flight fails with `EFAULT`.
+    pub user_moves: bool,
     /// How long threads waited for granules that moved.
     pub stalls: Stalls,
     /// In granules that are pinned.

@@ -7,7 +7,7 @@ use dax_backend::broker::GRANULE;
 use dax_backend::broker::admin::Added;
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
-    DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW,
+    DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW, DEGRADED_USER_MOVES,
 };
 use dax_backend::broker::policy::PolicyStatus;
 use dax_backend::broker::receipt::Receipt;
@@ -388,6 +388,10 @@ pub(crate) fn degraded(flags: u64) -> Vec<&'static str> {
         (DEGRADED_NO_WINDOW, "could not map the device's memory"),
         (DEGRADED_DISCONNECTED, "lost its broker"),
         (DEGRADED_NO_REBIND, "can't move live memory"),
+        (
+            DEGRADED_USER_MOVES,
+            "moves live memory, and system calls that meet it fail (moves:user)",
+        ),
         (DEGRADED_EXHAUSTED, "extents ran out"),
         (DEGRADED_CONFIG, "settings were ignored"),
         (DEGRADED_NO_SPILL, "can't make a file in spill_dir"),

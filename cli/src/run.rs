@@ -16,7 +16,8 @@ use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 use dax_backend::broker::admin::{AdminClient, AdminReply, AdminRequest};
 use dax_backend::broker::client_page::{
-    DEGRADED_DISCONNECTED, DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW,
+    DEGRADED_DISCONNECTED, DEGRADED_NO_REBIND, DEGRADED_NO_RING, DEGRADED_NO_SPILL,
+    DEGRADED_NO_WINDOW, DEGRADED_USER_MOVES,
 };
 use dax_backend::broker::status::RunReport;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -306,6 +307,16 @@ fn report(options: &Options, socket: &Path, run: Uuid, placement: Placement) -> 
     } else if degraded & (DEGRADED_DISCONNECTED | DEGRADED_NO_WINDOW) != 0 {
         complain(
             "the program lost the broker, or could not map its memory: part of it ran on DRAM",
+        );
+    } else if degraded & DEGRADED_NO_REBIND != 0 {
+        complain(
+            "the program's live memory could not be moved: a recall gets what is free alone \
+             (dcm doctor says what is missing)",
+        );
+    } else if degraded & DEGRADED_USER_MOVES != 0 {
+        complain(
+            "system calls of the program that met memory on the move failed with EFAULT, \
+             as moves:user wants it (dcm doctor says what is missing)",
         );
     } else if degraded & DEGRADED_NO_SPILL != 0 {
         complain("the program could make no file in spill_dir, and so spilled nothing");

@@ -25,7 +25,7 @@ use dax_backend::broker::client::{
 };
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
-    DEGRADED_NO_RING, DEGRADED_NO_SPILL,
+    DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_USER_MOVES,
 };
 use dax_backend::broker::protocol::{
     RefusalReason, SharedRun as WireRun, WindowRange as WireRange,
@@ -408,6 +408,7 @@ impl ExtentSource for BrokerSource {
         let degraded = [
             (stats.exhausted > 0, DEGRADED_EXHAUSTED),
             (!stats.moves_live, DEGRADED_NO_REBIND),
+            (stats.user_moves, DEGRADED_USER_MOVES),
             (stats.unknown_settings > 0, DEGRADED_CONFIG),
             (stats.spill == SpillState::Unusable, DEGRADED_NO_SPILL),
             (stats.spill == SpillState::NoRing, DEGRADED_NO_RING),

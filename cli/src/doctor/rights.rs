@@ -118,7 +118,8 @@ fn userfaultfd() -> Finding {
         Ok(_) => Finding::hint(
             what,
             "for faults of the program only",
-            "live memory moves only under a broker of root, which lends its right",
+            "live memory moves only under a broker of root, which lends its right, or with moves:user, \
+             and then system calls that meet it fail",
         )
         .mend("sudo sysctl -w vm.unprivileged_userfaultfd=1"),
         Err(error) => Finding::missing(

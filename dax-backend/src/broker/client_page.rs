@@ -37,6 +37,8 @@ pub const DEGRADED_CONFIG: u64 = 1 << 4;
 pub const DEGRADED_NO_SPILL: u64 = 1 << 5;
 /// [`ClientPage::degraded_flags`]: io_uring is denied, and granules are spilled one write at a time.
 pub const DEGRADED_NO_RING: u64 = 1 << 6;
+/// [`ClientPage::degraded_flags`]: live memory moves, and system calls that meet it fail.
+pub const DEGRADED_USER_MOVES: u64 = 1 << 7;
 
 /// Buckets of [`ClientPage::stalls`].
 pub const STALL_BUCKETS: usize = 24;
