@@ -88,10 +88,10 @@ pub const KEYS: &[Key] = &[
     ),
     key(
         "fork",
-        "lazy | eager | none",
-        "lazy",
-        "how a child gets what is on extents: copied by the broker when touched (or else as \
-         eager), moved to DRAM before, or not at all",
+        "eager | lazy | none",
+        "eager",
+        "how a child gets what is on extents: moved to DRAM before, copied by the broker when \
+         touched (or else as eager), or not at all",
     ),
     key(
         "decay",
@@ -190,7 +190,7 @@ impl Config {
         io_dram: true,
         promote: 512 << 20,
         user_moves: false,
-        fork: ForkPolicy::Lazy,
+        fork: ForkPolicy::Eager,
         decay_ms: 250,
         return_after_ms: 500,
         zero_lost: false,

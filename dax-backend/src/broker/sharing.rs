@@ -326,9 +326,10 @@ mod tests {
             probe: None,
             lost: false,
         };
-        let named = Reader::named(&reader.page_name(ReaderId(3)));
+        let name = reader.page_name(ReaderId(3));
+        let named = name.strip_prefix(PAGES).and_then(Reader::named);
         assert_eq!(named, Some((ReaderId(3), 41, 1000, ExtentTag([7; 16]))));
-        assert_eq!(Reader::named("reader-3-41-1000"), None);
-        assert_eq!(Reader::named("page-3"), None);
+        assert_eq!(Reader::named("3-41-1000"), None);
+        assert_eq!(Reader::named(""), None);
     }
 }
