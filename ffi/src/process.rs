@@ -11,7 +11,7 @@
 use core::cell::UnsafeCell;
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::OnceLock;
 
 use dax_backend::broker::ConnectError;
@@ -29,7 +29,7 @@ pub const DEFAULT_SOCKET: &CStr = c"/run/dcmalloc/broker.sock";
 /// The heap.
 pub static HEAP: Heap = Heap::new();
 static BROKER: OnceLock<Address> = OnceLock::new();
-static SOURCE: Source = Source(UnsafeCell::new(MaybeUninit::uninit()));
+static SOURCE: Source = Source::new();
 
 /// Where this process and its children find the broker. A copy: a program may
 /// write over its environment (setproctitle does).
@@ -60,20 +60,33 @@ impl Address {
     }
 }
 
-/// The place of the one source that this process uses: that of the process
-/// itself, which a forked child finds there too and replaces by its own.
-struct Source(UnsafeCell<MaybeUninit<BrokerSource>>);
+/// The places of the source that this process uses, and of its parent's: a
+/// forked child that finds one of its own puts it where the grandparent's was,
+/// because threads may be at work with the parent's.
+struct Source {
+    places: [UnsafeCell<MaybeUninit<BrokerSource>>; 2],
+    next: AtomicUsize,
+}
 
 // SAFETY: written by `put` alone, whose callers have it for themselves.
 unsafe impl Sync for Source {}
 
 impl Source {
+    const fn new() -> Self {
+        Self {
+            places: [const { UnsafeCell::new(MaybeUninit::uninit()) }; 2],
+            next: AtomicUsize::new(0),
+        }
+    }
+
     /// # Safety
-    /// No thread of this process uses what is there.
+    /// Once in a process, by one thread: nobody uses what was put two times
+    /// before, in its parent's parent.
     unsafe fn put(&'static self, source: BrokerSource) -> &'static BrokerSource {
+        let place = &self.places[self.next.fetch_xor(1, Ordering::Relaxed)];
         // SAFETY: the caller's. What was there is not dropped: its mappings and
-        // descriptors are the parent's.
-        unsafe { (*self.0.get()).write(source) }
+        // descriptors are an ancestor's.
+        unsafe { (*place.get()).write(source) }
     }
 }
 
@@ -224,12 +237,12 @@ fn connect(heap: &'static Heap, socket: Option<&CStr>) -> Result<(), SourceError
     Ok(())
 }
 
-/// A forked child's own connection, made on its worker. What is there is of no
-/// use to any thread: they were the parent's.
+/// A forked child's own connection, made on its worker.
 fn reconnect() -> Option<&'static dyn ExtentSource> {
     let address = BROKER.get()?;
     let source = BrokerSource::connect_apart(address.path(), address.run).ok()?;
-    // SAFETY: a child has one worker, and it is the one that this runs on.
+    // SAFETY: a child has one worker, and it is the one that this runs on. Its
+    // threads may still be at work with the parent's, and know no other.
     Some(unsafe { SOURCE.put(source) })
 }
 

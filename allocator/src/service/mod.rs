@@ -231,6 +231,8 @@ impl Service {
         for lot in Lot::all() {
             if !self.asked[lot.index()].load(Ordering::Acquire) && heap.supply().be_patient(lot) {
                 heap.space().set_lot_exhausted(lot, false);
+                // Who waits on may ask again.
+                heap.lent().raise();
             }
         }
     }

@@ -82,6 +82,7 @@ pub(super) extern "C" fn newborn(heap: *mut c_void) -> *mut c_void {
         // A fork before this needs no worker, one after it finds it ready.
         let _guard = heap.no_fork();
         *service.source.lock() = Some(source);
+        *service.lender.lock() = Some(source);
         spills = service.take_up(evacuator);
         service.running.store(true, Ordering::Release);
         service.alive.store(true, Ordering::Release);
@@ -225,9 +226,8 @@ extern "C" fn listener(heap: *mut c_void) -> *mut c_void {
                     let asked = service.asked.iter();
                     asked.for_each(|asked| asked.store(false, Ordering::Release));
                 }
-                match heap.space().lot_with(tag) {
+                match heap.space().lend_tagged(tag, &ranges) {
                     Some(lot) => {
-                        heap.space().lend_to(lot, &ranges);
                         if last {
                             heap.supply().be_patient(lot);
                             heap.space().set_lot_exhausted(lot, exhausted);

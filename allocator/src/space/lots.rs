@@ -9,6 +9,7 @@
 use super::Space;
 use super::granule::{Backing, GRANULE, Owner};
 use super::table::State;
+use crate::source::Ranges;
 use crate::tag::Tag;
 
 /// Tags that a process may use at a time, and one more for none.
@@ -129,7 +130,7 @@ impl State {
                 let granule = self.granule(index);
                 if granule.owner == owner
                     && granule.live.is_empty()
-                    && matches!(granule.backing, Backing::Extent(_))
+                    && granule.backing != Backing::None
                 {
                     self.granule_mut(index).owner = Owner::NOBODY;
                     self.set_gap(index);
@@ -148,7 +149,14 @@ impl Space {
     /// it is none) until [`Space::unassign`]. `false`: there are as many tags
     /// in use as there can be.
     pub(crate) fn assign(&self, owner: Owner, tag: Tag) -> bool {
-        self.state.lock().assign(owner, tag)
+        let mut state = self.state.lock();
+        let known = state.lots.find(tag).is_some();
+        let assigned = state.assign(owner, tag);
+        if assigned && !known {
+            // What was said of the tag that had the place before.
+            self.set_lot_exhausted(state.lot(owner), false);
+        }
+        assigned
     }
 
     /// The arena has ended. What it leaves is given back as it ages.
@@ -165,9 +173,12 @@ impl Space {
         self.state.lock().lot(owner)
     }
 
-    /// The lot with this tag, if there is one.
-    pub(crate) fn lot_with(&self, tag: Tag) -> Option<Lot> {
-        self.state.lock().lots.find(tag)
+    /// Adds lent granules with this tag to those of its lot, if there is one.
+    pub(crate) fn lend_tagged(&self, tag: Tag, ranges: &Ranges) -> Option<Lot> {
+        let mut state = self.state.lock();
+        let lot = state.lots.find(tag)?;
+        self.lend_to(&mut state, lot, ranges);
+        Some(lot)
     }
 
     /// The tag of a lot.

@@ -440,12 +440,11 @@ impl Space {
     /// Returns the bytes taken; what lies outside the window or is there already
     /// is not.
     pub fn lend(&self, ranges: &Ranges) -> u64 {
-        self.lend_to(Lot::UNTAGGED, ranges)
+        self.lend_to(&mut self.state.lock(), Lot::UNTAGGED, ranges)
     }
 
     /// The same for granules of a lot.
-    pub(crate) fn lend_to(&self, lot: Lot, ranges: &Ranges) -> u64 {
-        let mut state = self.state.lock();
+    fn lend_to(&self, state: &mut State, lot: Lot, ranges: &Ranges) -> u64 {
         let mut taken = 0;
         for range in ranges.as_slice() {
             for step in 0..range.len / GRANULE as u64 {

@@ -166,7 +166,8 @@ impl State {
         self.granule_mut(index).in_flight = false;
         // What the device took meanwhile faults when it is read.
         self.granule_mut(index).fate = None;
-        if self.granule(index).live.is_empty() {
+        // What is pinned is put off until it is not.
+        if self.granule(index).live.is_empty() && self.granule(index).pins == 0 {
             self.emptied_in_flight(index, self.addr(index));
         }
         self.set_gap(index);

@@ -9,7 +9,7 @@ use crate::others::{self, Others};
 /// Least share of the heap, at its peak, that must lie on extents.
 const LEAST_SHARE: f64 = 0.90;
 /// The same of a short run: what programs allocate before they have extents weighs more.
-const LEAST_SHARE_SHORT: f64 = 0.80;
+const LEAST_SHARE_SHORT: f64 = 0.70;
 /// The same where others use the processors as well: the pool of a program that grows at full speed runs dry where
 /// the broker waits for one.
 const LEAST_SHARE_SHARED: f64 = 0.50;
