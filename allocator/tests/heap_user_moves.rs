@@ -25,6 +25,8 @@ fn unprivileged_memory_moves_if_the_settings_want_it() {
         assert_eq!(libc::setgroups(0, std::ptr::null()), 0);
         assert_eq!(libc::setgid(65534), 0);
         assert_eq!(libc::setuid(65534), 0);
+        // As a program that never was root, it may look at itself.
+        assert_eq!(libc::prctl(libc::PR_SET_DUMPABLE, 1), 0);
     }
     let source = MemfdSource::leak(GRANULES);
     assert!(HEAP.start(Config {
@@ -36,7 +38,7 @@ fn unprivileged_memory_moves_if_the_settings_want_it() {
     let stats = HEAP.stats();
     assert!(stats.moves_live && stats.user_moves, "{stats:?}");
 
-    let block = HEAP.allocate(GRANULE, GRANULE, true);
+    let block = HEAP.allocate(GRANULE, 16, true);
     assert!(!block.is_null());
     // SAFETY: a live block that only atomics access.
     let word = unsafe { AtomicU64::from_ptr(block.cast()) };
