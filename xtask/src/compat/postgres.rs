@@ -167,7 +167,8 @@ impl<'a> Cluster<'a> {
         let mut load = self.client("pgbench");
         load.args(["-c", "8", "-T", "20", "bench"]);
         let load = Background::start(&mut load)?;
-        let busy = "SELECT min(pid) FROM pg_stat_activity WHERE application_name = 'pgbench'";
+        // Once all of them are there: the first connection of pgbench is over before the load begins.
+        let busy = "SELECT min(pid) FROM pg_stat_activity WHERE application_name = 'pgbench' HAVING count(*) = 8";
         let end = Instant::now() + Duration::from_secs(15);
         let backend = loop {
             let pid = self.query(busy)?;
