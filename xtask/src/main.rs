@@ -14,10 +14,12 @@ mod install;
 mod man;
 mod others;
 mod packages;
+mod page;
 mod pictures;
 mod process;
 mod program;
 mod rung;
+mod soak;
 mod stats;
 mod test;
 mod workspace;
@@ -49,6 +51,8 @@ enum Task {
     Bench(bench::Options),
     /// Judge programs by their own test suites, and write docs/compatibility.md
     Compat(compat::Options),
+    /// Run the storms at their full length, and write docs/soak.md
+    Soak(soak::Options),
     /// Make include/dcmalloc.h from its source
     Header(header::Options),
     /// Make the lists of what the library crates offer, api.txt, from their source
@@ -69,6 +73,7 @@ fn main() -> ExitCode {
         Task::Demo => demo::run().map(|()| true),
         Task::Bench(options) => bench::run(&options),
         Task::Compat(options) => compat::run(&options),
+        Task::Soak(options) => soak::run(&options),
         Task::Header(options) => header::run(&options),
         Task::Api(options) => api::run(&options),
         Task::Install(options) => install::run(&options),
