@@ -295,6 +295,11 @@ impl fmt::Display for Setting<'_> {
             "spill_limit" => limit(f, config.spill_limit),
             "io_dram" => write!(f, "{}", config.io_dram),
             "promote" => write!(f, "{}", config.promote),
+            "fork" => f.write_str(match config.fork {
+                ForkPolicy::Eager => "eager",
+                ForkPolicy::Lazy => "lazy",
+                ForkPolicy::None => "none",
+            }),
             "decay" => write!(f, "{}", config.decay_ms),
             "return_after" => write!(f, "{}", config.return_after_ms),
             "on_lost" => f.write_str(if config.zero_lost { "zero" } else { "sigbus" }),
@@ -546,6 +551,39 @@ mod tests {
         );
         assert_eq!(config.value("on_exhausted").as_deref(), Some("wait=20"));
         assert_eq!(config.value("on_exhaust"), None);
+    }
+
+    /// A key that nobody had thought of here was shown with the value of another: `fork:false`,
+    /// which cannot be read.
+    #[test]
+    fn each_key_shows_its_own_value() {
+        let others = [
+            "placement:dc",
+            "on_exhausted:fail",
+            "dram_limit:1",
+            "spill_dir:/tmp",
+            "spill_limit:2",
+            "io_dram:false",
+            "promote:3",
+            "fork:eager",
+            "decay:4",
+            "return_after:5",
+            "on_lost:zero",
+            "confirm_conf:true",
+            "stats_print:true",
+            "verbose:true",
+        ];
+        assert_eq!(others.len(), KEYS.len());
+        for (key, said) in KEYS.iter().zip(others) {
+            let (config, refused) = Config::read(said);
+            let value = config.value(key.name).unwrap();
+            assert_eq!(
+                (format!("{}:{value}", key.name).as_str(), refused),
+                (said, 0)
+            );
+            assert_ne!(config, Config::DEFAULT, "{said}");
+            assert_eq!(Config::read(&config.to_string()), (config, 0));
+        }
     }
 
     #[test]
