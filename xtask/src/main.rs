@@ -8,6 +8,7 @@ mod broker;
 mod compat;
 mod demo;
 mod docs;
+mod fuzz;
 mod guest;
 mod header;
 mod install;
@@ -53,6 +54,8 @@ enum Task {
     Compat(compat::Options),
     /// Run the storms at their full length, and write docs/soak.md
     Soak(soak::Options),
+    /// Feed parsers, driver and broker what a fuzzer thinks of, and write docs/fuzz.md
+    Fuzz(fuzz::Options),
     /// Make include/dcmalloc.h from its source
     Header(header::Options),
     /// Make the lists of what the library crates offer, api.txt, from their source
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
         Task::Bench(options) => bench::run(&options),
         Task::Compat(options) => compat::run(&options),
         Task::Soak(options) => soak::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Header(options) => header::run(&options),
         Task::Api(options) => api::run(&options),
         Task::Install(options) => install::run(&options),
