@@ -31,7 +31,7 @@ impl TestFile {
     pub(super) fn run(&self, notes: &mut Vec<String>) -> Result<()> {
         let mut build = self.cargo();
         ensure!(
-            process::run_visibly(build.arg("--no-run"))?,
+            process::run_visibly(build.args(["--quiet", "--no-run"]))?,
             "{} does not build",
             self.name
         );
@@ -70,27 +70,32 @@ impl TestFile {
 
     fn cargo(&self) -> std::process::Command {
         let mut cargo = workspace::cargo();
-        cargo.args(["test", "--quiet", "--package", "dcmalloc-allocator"]);
+        // Not quiet: then the harness does not say what became of each test.
+        cargo.args(["test", "--package", "dcmalloc-allocator"]);
         cargo.args(["--profile", self.profile, "--test", self.name]);
         cargo
     }
 }
 
-/// What the tests printed: the harness shows it below `---- NAME stdout ----`, up to an empty line.
+/// What each test printed: the harness shows it below `---- NAME stdout ----`, up to an empty line.
 fn printed(output: &str) -> Vec<String> {
-    let mut lines = Vec::new();
+    let mut notes: Vec<String> = Vec::new();
     let mut inside = false;
     for line in output.lines() {
-        if line.starts_with("---- ") {
+        if let Some(heading) = line.strip_prefix("---- ") {
+            let name = heading.split(' ').next().unwrap_or_default();
+            notes.push(format!("{name}:"));
             inside = true;
         } else if line.is_empty() || line.starts_with("thread '") {
             // A panic is told as the failure that it is.
             inside = false;
-        } else if inside {
-            lines.push(line.trim().to_owned());
+        } else if inside && let Some(note) = notes.last_mut() {
+            let between = if note.ends_with(':') { " " } else { ", " };
+            *note += between;
+            *note += &line.split_whitespace().collect::<Vec<_>>().join(" ");
         }
     }
-    lines
+    notes
 }
 
 /// What a failed test says: the line below each panic's head.
@@ -133,7 +138,7 @@ successes:
     fn what_tests_print_is_collected() {
         assert_eq!(
             printed(OUTPUT),
-            ["7 recalls", "9 increments", "1.5 GB/s"].map(String::from)
+            ["storm: 7 recalls, 9 increments", "measured: 1.5 GB/s"].map(String::from)
         );
         assert_eq!(complaint(OUTPUT), "too slow");
         assert_eq!(printed("test a ... ok\n"), Vec::<String>::new());
