@@ -419,7 +419,7 @@ pub fn parse_size(text: &str) -> Option<usize> {
     let (digits, shift) = match text.as_bytes().last()?.to_ascii_uppercase() {
         b'0'..=b'9' => (text, 0),
         unit => (
-            &text[..text.len() - 1],
+            text.get(..text.len() - 1)?,
             10 * (1 + b"KMGT".iter().position(|&u| u == unit)?),
         ),
     };
@@ -622,6 +622,16 @@ mod tests {
         }
         assert_eq!(config, Config::DEFAULT);
         assert_eq!(Config::read("x:y,placement:dc,decay:?").1, 2);
+    }
+
+    /// It was cut where no character ends, which panics: a program with such a setting in its
+    /// environment ended at its first allocation.
+    #[test]
+    fn a_size_that_ends_in_the_middle_of_a_character_is_none() {
+        for bad in ["1é", "é", "64Ԍ", "1😀"] {
+            assert_eq!(parse_size(bad), None, "{bad}");
+        }
+        assert_eq!(Config::read("promote:1é,decay:7").1, 1);
     }
 
     #[test]
