@@ -46,7 +46,8 @@ impl Session {
         let mut fuzz = tool::command(tool, "run", target);
         fuzz.arg(&corpus)
             .arg(workspace::root().join("fuzz/seeds").join(target))
-            .args(["--", HANGS_AFTER, "-print_final_stats=1"])
+            // Long inputs from the start: a slow target would not come to them.
+            .args(["--", HANGS_AFTER, "-len_control=0", "-print_final_stats=1"])
             .arg(format!("-max_total_time={}", length.as_secs()))
             .arg(format!("-artifact_prefix={}/", artifacts.display()));
         let mut running = Background::start(&mut fuzz)?;
