@@ -8,19 +8,29 @@ use dax_backend::broker::{GRANULE, WindowRange};
 
 use crate::peer::{Attached, Heard, Peer};
 
+/// More than any window here has.
+const MOST_GRANULES: u64 = 1024;
+
 /// One who talks with the broker.
 struct Party {
     peer: Peer,
     hello: Message,
     /// Numbers of granules that were granted to it, and that it has not said to return.
     held: BTreeSet<u64>,
+    /// Those that it has said to return without having heard that it has them. The broker may have granted them
+    /// before it heard so, or may grant them after: nobody can tell.
+    unclear: BTreeSet<u64>,
 }
 
 impl Party {
     fn new(peer: Peer, hello: Message) -> Self {
         peer.send(hello.bytes(), &Attached::Nothing);
-        let held = BTreeSet::new();
-        Self { peer, hello, held }
+        Self {
+            peer,
+            hello,
+            held: BTreeSet::new(),
+            unclear: BTreeSet::new(),
+        }
     }
 }
 
@@ -66,7 +76,12 @@ impl<C: Fn() -> Peer> Judge<C> {
         if message.kind() == Some(Kind::Return) {
             for range in message.ranges().as_slice() {
                 let (first, end) = (range.offset / GRANULE, range.end().div_ceil(GRANULE));
-                party.held.retain(|granule| !(first..end).contains(granule));
+                // Beyond the window there is nothing to hold.
+                for granule in first..end.min(first.saturating_add(MOST_GRANULES)) {
+                    if !party.held.remove(&granule) {
+                        party.unclear.insert(granule);
+                    }
+                }
             }
         }
         party.peer.send(message.bytes(), attached);
@@ -137,7 +152,9 @@ impl<C: Fn() -> Peer> Judge<C> {
                     "granule {granule} is granted to {to} while {other} holds it"
                 );
             }
-            self.parties[to].held.insert(granule);
+            if !self.parties[to].unclear.contains(&granule) {
+                self.parties[to].held.insert(granule);
+            }
         }
     }
 
