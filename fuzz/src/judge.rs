@@ -20,6 +20,8 @@ struct Party {
     /// Those that it has said to return without having heard that it has them. The broker may have granted them
     /// before it heard so, or may grant them after: nobody can tell.
     unclear: BTreeSet<u64>,
+    /// It was cut off. What was sent before can still be read then, and means nothing any more.
+    closed: bool,
 }
 
 impl Party {
@@ -30,6 +32,7 @@ impl Party {
             hello,
             held: BTreeSet::new(),
             unclear: BTreeSet::new(),
+            closed: false,
         }
     }
 }
@@ -108,12 +111,13 @@ impl<C: Fn() -> Peer> Judge<C> {
         let mut heard = Vec::new();
         let mut closed = Vec::new();
         for (index, party) in self.parties.iter_mut().enumerate() {
-            loop {
+            while !party.closed {
                 match party.peer.hear() {
                     Heard::Nothing => break,
                     Heard::Message(message) => heard.push((index, *message)),
                     Heard::Closed => {
                         party.held.clear();
+                        party.closed = true;
                         closed.push(index);
                         break;
                     }
