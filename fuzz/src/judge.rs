@@ -162,12 +162,19 @@ impl<C: Fn() -> Peer> Judge<C> {
         }
     }
 
-    /// Whether the broker's books agree.
-    pub fn check(&self, status: &Status) {
+    /// All granules that somebody holds, as far as is known.
+    pub fn held_by_all(&self) -> BTreeSet<u64> {
+        let held = self.parties.iter().flat_map(|party| &party.held);
+        held.copied().collect()
+    }
+
+    /// Whether the broker's books agree. Between the status and what is heard after it leases come and go: what was
+    /// held `before` it, and is still, was leased.
+    pub fn check(&self, status: &Status, before: &BTreeSet<u64>) {
         let capacity = &status.capacity;
         let leased: u64 = status.clients.iter().map(|client| client.leased).sum();
         assert_eq!(leased, capacity.leased, "{capacity:?}");
-        let held: usize = self.parties.iter().map(|party| party.held.len()).sum();
+        let held = self.held_by_all().intersection(before).count();
         assert!(
             held as u64 * GRANULE <= capacity.leased + capacity.lost,
             "{held} granules are held: {capacity:?}"

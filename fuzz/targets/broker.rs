@@ -251,6 +251,7 @@ fuzz_target!(|steps: Vec<Step>| {
 
     // An operator who behaves is answered, whatever the others have said.
     let admin = AdminClient::connect(&path).expect("the broker takes operators");
+    let before = judge.held_by_all();
     let AdminReply::Status(status) = admin
         .ask(&AdminRequest::Status, PATIENCE)
         .expect("an answer")
@@ -258,7 +259,7 @@ fuzz_target!(|steps: Vec<Step>| {
         panic!("no status");
     };
     judge.hear();
-    judge.check(&status);
+    judge.check(&status, &before);
     stop.now();
     serving.join().expect("the broker lives");
 });
