@@ -436,7 +436,7 @@ pub fn parse_size(text: &str) -> Option<usize> {
     let (digits, shift) = match text.as_bytes().last()?.to_ascii_uppercase() {
         b'0'..=b'9' => (text, 0),
         unit => (
-            &text[..text.len() - 1],
+            text.get(..text.len() - 1)?,
             10 * (1 + b"KMGT".iter().position(|&u| u == unit)?),
         ),
     };
@@ -570,6 +570,39 @@ mod tests {
         assert_eq!(config.value("on_exhaust"), None);
     }
 
+    /// A key that nobody had thought of here was shown with the value of another: `fork:false`,
+    /// which cannot be read.
+    #[test]
+    fn each_key_shows_its_own_value() {
+        let others = [
+            "placement:dc",
+            "on_exhausted:fail",
+            "dram_limit:1",
+            "spill_dir:/tmp",
+            "spill_limit:2",
+            "io_dram:false",
+            "promote:3",
+            "fork:eager",
+            "decay:4",
+            "return_after:5",
+            "on_lost:zero",
+            "confirm_conf:true",
+            "stats_print:true",
+            "verbose:true",
+        ];
+        assert_eq!(others.len(), KEYS.len());
+        for (key, said) in KEYS.iter().zip(others) {
+            let (config, refused) = Config::read(said);
+            let value = config.value(key.name).unwrap();
+            assert_eq!(
+                (format!("{}:{value}", key.name).as_str(), refused),
+                (said, 0)
+            );
+            assert_ne!(config, Config::DEFAULT, "{said}");
+            assert_eq!(Config::read(&config.to_string()), (config, 0));
+        }
+    }
+
     #[test]
     fn a_file_has_lines_and_comments() {
         let text = "# ours\n\n placement:dc\n  # decay:1\ndecay:7,return_after:8\r\nwrong\n";
@@ -606,6 +639,16 @@ mod tests {
         }
         assert_eq!(config, Config::DEFAULT);
         assert_eq!(Config::read("x:y,placement:dc,decay:?").1, 2);
+    }
+
+    /// It was cut where no character ends, which panics: a program with such a setting in its
+    /// environment ended at its first allocation.
+    #[test]
+    fn a_size_that_ends_in_the_middle_of_a_character_is_none() {
+        for bad in ["1é", "é", "64Ԍ", "1😀"] {
+            assert_eq!(parse_size(bad), None, "{bad}");
+        }
+        assert_eq!(Config::read("promote:1é,decay:7").1, 1);
     }
 
     #[test]

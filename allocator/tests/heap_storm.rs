@@ -2,7 +2,8 @@
 //! time, and lent again: nothing may be lost, no system call may fail, and the
 //! books must add up. One test, because a process has one heap.
 //!
-//! `DCM_STORM_SECONDS` makes the storm longer than its 8 s.
+//! `DCM_STORM_SECONDS` makes the storm longer than its 8 s; `cargo xtask soak`
+//! has it blow for 60.
 
 mod common;
 
@@ -267,11 +268,12 @@ fn recall(source: &MemfdSource, end: Instant) -> Recalls {
     while Instant::now() < end {
         let back = Instant::now() + Duration::from_secs(10);
         let part = 50 + random.below(50);
-        // A third: some of it may have been freed before its turn comes.
+        // Half: some of it may have been freed before its turn comes, most of all on a machine
+        // that gives this thread little of a processor.
         let (want, all) = loop {
             let (on_extents, all) = used();
             if on_extents >= all * part / 100 {
-                break (all.div_ceil(3), all);
+                break (all.div_ceil(2), all);
             }
             assert!(
                 Instant::now() < back,
@@ -335,9 +337,28 @@ fn nothing_is_lost_while_extents_come_and_go() {
         let kernel = kernel.join().unwrap();
         let blocks = churn.join().unwrap();
         let stats = HEAP.stats();
-        println!("{recalls:?}; {} granules promoted", stats.promoted);
-        println!("{wanted} increments, {blocks} blocks, {kernel:?}");
-        println!("{:?} (nanoseconds)", stats.stalls);
+        println!(
+            "{} recalls, each answered with a receipt, of {} granules; {} evacuated in use, at \
+             least {} % of those in use each time; slowest {} ms; {} granules promoted",
+            recalls.answered,
+            recalls.asked,
+            recalls.evacuated,
+            recalls.least_share,
+            recalls.slowest.as_millis(),
+            stats.promoted
+        );
+        println!(
+            "{wanted} increments and {blocks} blocks; {} reads and getrandoms, {} failed, {} \
+             short; {} datagrams, {} lost",
+            kernel.calls, kernel.failed, kernel.short, kernel.datagrams, kernel.lost
+        );
+        println!(
+            "{} threads waited: p50 {} us, p99 {} us, longest {} us",
+            stats.stalls.count,
+            stats.stalls.p50 / 1000,
+            stats.stalls.p99 / 1000,
+            stats.stalls.max / 1000
+        );
         assert_eq!(land.sum(), wanted, "increments were lost");
         assert_eq!((kernel.failed, kernel.short, kernel.lost), (0, 0, 0));
         assert!(kernel.calls > 100 && kernel.datagrams > 100 && blocks > 100);
@@ -360,7 +381,12 @@ fn the_books_add_up(source: &MemfdSource) {
             && usage.extent_live <= usage.extent_held - usage.idle
             && usage.dram_live <= usage.dram_held;
         if whole && fits && usage.dram_held <= (4 * MIB) as u64 {
-            println!("{usage:?}, {} granules free", source.free_granules());
+            println!(
+                "at rest {} MiB in use on {} granules, {} granules free",
+                live / MIB,
+                held,
+                source.free_granules()
+            );
             break;
         }
         assert!(

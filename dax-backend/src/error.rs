@@ -34,6 +34,14 @@ pub enum OpenError {
         /// Length of the block in bytes.
         block_len: u32,
     },
+    /// A capability lies where no register begins: they have 8 bytes.
+    #[error("{what} at {offset:#x} is not aligned to the 8 bytes of its registers")]
+    CapabilityMisaligned {
+        /// Name of the capability.
+        what: &'static str,
+        /// Where it claims to be.
+        offset: u32,
+    },
     /// The mailbox is smaller than CXL allows.
     #[error("a mailbox payload of 2^{log2} bytes is not usable: CXL has 256 bytes to 1 MiB")]
     PayloadSize {
@@ -89,6 +97,14 @@ pub enum DeviceError {
         read: u32,
         /// Extents the device claims to have.
         total: u32,
+    },
+    /// There cannot be so many extents: each has a block of its own.
+    #[error("the extent list claims {total} extents, and the DC regions have {blocks} blocks")]
+    ExtentListTooLong {
+        /// Extents the device claims to have.
+        total: u32,
+        /// Blocks in all its DC regions.
+        blocks: u64,
     },
     /// A DC region makes no sense.
     #[error("DC region {index} is unusable: {reason}")]

@@ -12,15 +12,17 @@ use crate::mmio::Mmio;
 /// How often a list that changes underneath is read again, as in Linux.
 const ATTEMPTS: u32 = 10;
 
-/// The whole list, from one generation of it, in order of DPA.
+/// The whole list, from one generation of it, in order of DPA. `blocks` are those of all DC
+/// regions: there cannot be more extents.
 ///
 /// QEMU never changes the generation number, so the total is compared as well.
 ///
 /// # Errors
-/// [`DeviceError::ExtentListUnstable`], [`DeviceError::ExtentListTruncated`], or the mailbox's.
-pub fn read<M: Mmio>(mailbox: &mut Mailbox<M>) -> Result<Vec<Extent>, DeviceError> {
+/// [`DeviceError::ExtentListUnstable`], [`DeviceError::ExtentListTruncated`],
+/// [`DeviceError::ExtentListTooLong`], or the mailbox's.
+pub fn read<M: Mmio>(mailbox: &mut Mailbox<M>, blocks: u64) -> Result<Vec<Extent>, DeviceError> {
     for _ in 0..ATTEMPTS {
-        if let Some(mut extents) = read_once(mailbox)? {
+        if let Some(mut extents) = read_once(mailbox, blocks)? {
             extents.sort_unstable_by_key(|extent| extent.range);
             return Ok(extents);
         }
@@ -29,7 +31,10 @@ pub fn read<M: Mmio>(mailbox: &mut Mailbox<M>) -> Result<Vec<Extent>, DeviceErro
 }
 
 /// One pass; `None` if the list changed during it.
-fn read_once<M: Mmio>(mailbox: &mut Mailbox<M>) -> Result<Option<Vec<Extent>>, DeviceError> {
+fn read_once<M: Mmio>(
+    mailbox: &mut Mailbox<M>,
+    blocks: u64,
+) -> Result<Option<Vec<Extent>>, DeviceError> {
     let payload = mailbox.payload_len() - size_of::<ExtentListHeader>();
     let per_page = (payload / size_of::<ListedExtent>()) as u32;
     let mut extents = Vec::new();
@@ -41,6 +46,12 @@ fn read_once<M: Mmio>(mailbox: &mut Mailbox<M>) -> Result<Option<Vec<Extent>>, D
             start: start.into(),
         };
         let page = mailbox.execute(&request)?;
+        if u64::from(page.total) > blocks {
+            return Err(DeviceError::ExtentListTooLong {
+                total: page.total,
+                blocks,
+            });
+        }
         let version = (page.generation, page.total);
         if *first.get_or_insert(version) != version {
             return Ok(None);

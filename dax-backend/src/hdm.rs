@@ -63,6 +63,9 @@ impl<'a, M: Mmio> Decoders<'a, M> {
                 continue;
             }
             let offset = COMPONENT_CACHE_MEM + header.pointer();
+            if !offset.is_multiple_of(size_of::<u32>() as u32) {
+                continue;
+            }
             let capability = DecoderCapability::from_bits(mmio.read32(block, offset + CAPABILITY));
             let count = capability.decoders();
             let end = offset + DECODERS + u32::from(count) * DECODER_LEN;

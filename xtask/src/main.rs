@@ -8,16 +8,19 @@ mod broker;
 mod compat;
 mod demo;
 mod docs;
+mod fuzz;
 mod guest;
 mod header;
 mod install;
 mod man;
 mod others;
 mod packages;
+mod page;
 mod pictures;
 mod process;
 mod program;
 mod rung;
+mod soak;
 mod stats;
 mod test;
 mod workspace;
@@ -49,6 +52,10 @@ enum Task {
     Bench(bench::Options),
     /// Judge programs by their own test suites, and write docs/compatibility.md
     Compat(compat::Options),
+    /// Run the storms at their full length, and write docs/soak.md
+    Soak(soak::Options),
+    /// Feed parsers, driver and broker what a fuzzer thinks of, and write docs/fuzz.md
+    Fuzz(fuzz::Options),
     /// Make include/dcmalloc.h from its source
     Header(header::Options),
     /// Make the lists of what the library crates offer, api.txt, from their source
@@ -69,6 +76,8 @@ fn main() -> ExitCode {
         Task::Demo => demo::run().map(|()| true),
         Task::Bench(options) => bench::run(&options),
         Task::Compat(options) => compat::run(&options),
+        Task::Soak(options) => soak::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Header(options) => header::run(&options),
         Task::Api(options) => api::run(&options),
         Task::Install(options) => install::run(&options),

@@ -78,12 +78,16 @@ impl Background {
             .map_or_else(String::new, |(stdout, _)| stdout.so_far())
     }
 
+    /// The same of stderr.
+    pub(crate) fn stderr_so_far(&self) -> String {
+        self.output
+            .as_ref()
+            .map_or_else(String::new, |(_, stderr)| stderr.so_far())
+    }
+
     /// The last lines that it has written to stderr.
     pub(crate) fn stderr_tail(&self) -> String {
-        let Some((_, stderr)) = &self.output else {
-            return String::new();
-        };
-        let said = stderr.so_far();
+        let said = self.stderr_so_far();
         let lines: Vec<&str> = said.lines().collect();
         lines[lines.len().saturating_sub(6)..].join(" | ")
     }

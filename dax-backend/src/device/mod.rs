@@ -100,7 +100,12 @@ impl<M: Mmio> DcDevice<M> {
     /// # Errors
     /// As [`crate::extent_list::read`].
     pub fn listed(&mut self) -> Result<Vec<Extent>, DeviceError> {
-        crate::extent_list::read(&mut self.mailbox)
+        let blocks = self
+            .regions
+            .iter()
+            .map(|region| region.len / region.block_size);
+        let blocks = blocks.fold(0, u64::saturating_add);
+        crate::extent_list::read(&mut self.mailbox, blocks)
     }
 
     /// Makes `window` reach all DC regions, once and for all: extents come and go without it.

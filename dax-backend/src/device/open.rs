@@ -177,6 +177,9 @@ fn find<M: Mmio>(
             continue;
         }
         let (offset, len) = (mmio.read32(block, at + 4), mmio.read32(block, at + 8));
+        if !offset.is_multiple_of(size_of::<u64>() as u32) {
+            return Err(OpenError::CapabilityMisaligned { what, offset });
+        }
         let end = offset.checked_add(len.max(at_least));
         if len < at_least || end.is_none_or(|end| end > block_len) {
             return Err(OpenError::CapabilityOutsideBlock {

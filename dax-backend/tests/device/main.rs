@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod course;
 mod qemu;
 mod wire;
 
@@ -15,6 +16,7 @@ mod fabric;
 mod faults;
 mod fm;
 mod mailbox;
+mod nonsense;
 mod orchestrator;
 mod recovery;
 mod release;

@@ -241,9 +241,10 @@ static void look_around(const char *how, const char *file) {
 int main(int argc, char **argv) {
     int mib = atoi(argv[1]), forks = atoi(argv[2]), threads = atoi(argv[3]);
     const char *how = argc > 4 ? argv[4] : "", *file = argc > 5 ? argv[5] : "";
-    double until = now() + 1e3 * (argc > 6 ? atoi(argv[6]) : PATIENCE * 2);
+    int seconds = argc > 6 ? atoi(argv[6]) : PATIENCE * 2;
+    double until = now() + 1e3 * seconds;
     int pause = strcmp(how, "cost") ? 0 : atoi(file);
-    alarm(PATIENCE * 2);
+    alarm(seconds + PATIENCE);
     count = mib * 4;
     blocks = mmap(NULL, count * sizeof *blocks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     is = mmap(NULL, count * sizeof *is, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -18,30 +18,26 @@ use crate::workspace;
 /// Long, because machines are slow and the program watches itself.
 const LIMIT: Duration = Duration::from_secs(240);
 const PROGRAM: &str = include_str!("fork.c");
+/// More than there is time for in the ladder; `cargo xtask soak` has it.
+pub(crate) const FORKS: u32 = 1000;
 const LAZY: &[&str] = &["--conf", "fork:lazy"];
 const MIB: u64 = 1 << 20;
 
 pub(super) fn run() -> Result<Tally> {
-    packages::ensure(&["gcc", "libc6-dev"])?;
     let mut tally = Tally::default();
     if !recall::live_memory_moves()? {
         tally.skip("fork", "no userfaultfd here, so that no heap can be shared");
         return Ok(tally);
     }
     let dir = tempfile::tempdir()?;
-    let (source, program) = (dir.path().join("fork.c"), dir.path().join("fork"));
-    fs::write(&source, PROGRAM)?;
-    let mut compile = Command::new("cc");
-    compile.args(["-O1", "-Wall", "-Werror", "-o"]);
-    compile.arg(&program).arg(&source).arg("-lpthread");
-    ensure!(process::run_visibly(&mut compile)?, "cc failed");
-
     let dir = dir.path();
+    let program = compile(dir)?;
     for (policy, seconds) in [("lazy", 20), ("eager", 10)] {
         let what = format!("children and grandchildren, fork:{policy}");
-        tally.check(&what, storm(&program, policy, 1000, seconds));
+        let storm = storm(&program, policy, FORKS, Duration::from_secs(seconds));
+        tally.check(&what, storm.map(drop));
     }
-    tally.check("the cost of a fork", cost(&program));
+    tally.check("the cost of a fork", cost(&program).map(drop));
     tally.check("memory grows with what is touched", touched(&program));
     tally.check("children killed while they read", killed(&program));
     tally.check("the parent ends first", orphan(&program));
@@ -58,19 +54,28 @@ pub(super) fn run() -> Result<Tally> {
     Ok(tally)
 }
 
-/// Forks while four threads allocate, and all capacity is recalled every 200 ms.
-fn storm(program: &Path, policy: &str, forks: u32, seconds: u32) -> Result<()> {
-    // The whole is `DCM_FORKS=1000 cargo xtask test fork`.
-    let whole = std::env::var("DCM_FORKS").ok();
-    let seconds = if whole.is_some() { 3600 } else { seconds };
-    let forks = whole.unwrap_or_else(|| forks.to_string());
+/// Makes the program, in `dir`.
+pub(crate) fn compile(dir: &Path) -> Result<PathBuf> {
+    packages::ensure(&["gcc", "libc6-dev"])?;
+    let (source, program) = (dir.join("fork.c"), dir.join("fork"));
+    fs::write(&source, PROGRAM)?;
+    let mut compile = Command::new("cc");
+    compile.args(["-O1", "-Wall", "-Werror", "-o"]);
+    compile.arg(&program).arg(&source).arg("-lpthread");
+    ensure!(process::run_visibly(&mut compile)?, "cc failed");
+    Ok(program)
+}
+
+/// Forks while four threads allocate, and all capacity is recalled every 200 ms: so often, or as often as it can for
+/// so long. Says what it did.
+pub(crate) fn storm(program: &Path, policy: &str, forks: u32, at_most: Duration) -> Result<String> {
     let broker = Broker::serve("256M")?;
     let dir = tempfile::tempdir()?;
     let go = dir.path().join("go");
     let conf = format!("fork:{policy}");
     let mut run = broker.run_with(&["--conf", &conf], program);
-    run.args(["24", &forks, "4", "storm"]).arg(&go);
-    let mut storm = Background::start(run.arg(seconds.to_string()))?;
+    run.args(["24", &forks.to_string(), "4", "storm"]).arg(&go);
+    let mut storm = Background::start(run.arg(at_most.as_secs().to_string()))?;
     storm.wait_for("ready", LIMIT)?;
     let (mut recalls, mut returned, mut forked) = (0, 0, 0);
     while !storm.stdout_so_far().contains("at rest") {
@@ -90,14 +95,16 @@ fn storm(program: &Path, policy: &str, forks: u32, seconds: u32) -> Result<()> {
     let said = storm.stdout_so_far();
     let made = said.lines().find_map(|line| line.strip_prefix("forked "));
     let made: f64 = made.context("it says of no forks")?.parse()?;
-    eprintln!(
-        "  fork:{policy}: {made} forks, {recalls} recalls, {} MiB moved while in use, {} MiB shared",
+    let moved = broker.status_number("/total/evacuated_granules")?;
+    let done = format!(
+        "fork:{policy}: {made} forks, {recalls} recalls, {} MiB returned while in use, {moved} granules evacuated in \
+         all, {} MiB shared",
         returned / MIB,
         forked / MIB
     );
+    eprintln!("  {done}");
     ensure!(made >= 10.0, "that is too few forks to say anything");
     // Forks that move the heap come sooner than it comes back.
-    let moved = broker.status_number("/total/evacuated_granules")?;
     ensure!(
         returned > 0 || (policy == "eager" && moved > 0),
         "nothing was moved by {recalls} recalls"
@@ -123,7 +130,8 @@ fn storm(program: &Path, policy: &str, forks: u32, seconds: u32) -> Result<()> {
     })?;
     fs::write(&go, b"go")?;
     intact(storm)?;
-    nothing_stays(&broker)
+    nothing_stays(&broker)?;
+    Ok(done)
 }
 
 /// Waits until nothing is wrong any more.
@@ -136,16 +144,17 @@ fn settles(when: &str, mut wrong: impl FnMut() -> Result<Option<String>>) -> Res
     Ok(())
 }
 
-/// Forks of a large heap take no longer than forks of ordinary memory, within a factor.
-fn cost(program: &Path) -> Result<()> {
+/// Forks of a large heap take no longer than forks of ordinary memory, within a factor. Says how long.
+pub(crate) fn cost(program: &Path) -> Result<Vec<String>> {
     // At once most of it is in 4 KiB pages, too; slowly, the broker prepares 2 MiB pages.
     let at_once = Forks::time(program, 1024, 0)?;
     let slowly = [256, 1024].map(|mib| Forks::time(program, mib, 150));
     let [small, large] = slowly;
     let (small, large) = (small?, large?);
+    let mut said = Vec::new();
     for forks in [&at_once, &small, &large] {
-        eprintln!(
-            "  fork of {} MiB, {} in 2 MiB pages: {:.1} ms (at best {:.1}), of as much memory in 4 KiB pages \
+        let line = format!(
+            "fork of {} MiB, {} in 2 MiB pages: {:.1} ms (at best {:.1}), of as much memory in 4 KiB pages \
              {:.1} ms ({:.1})",
             forks.mib,
             forks.huge / 1024,
@@ -154,6 +163,8 @@ fn cost(program: &Path) -> Result<()> {
             median(&forks.plain),
             best(&forks.plain),
         );
+        eprintln!("  {line}");
+        said.push(line);
     }
     // The best of each: everything else that runs meanwhile can only add to it.
     for forks in [&at_once, &large] {
@@ -170,9 +181,11 @@ fn cost(program: &Path) -> Result<()> {
             "four times the heap takes {growth:.1} times as long"
         );
     } else {
-        eprintln!("  SKIPPED: how the time grows, because not all is in 2 MiB pages here");
+        let skipped = "SKIPPED: how the time grows, because not all is in 2 MiB pages here";
+        eprintln!("  {skipped}");
+        said.push(skipped.into());
     }
-    Ok(())
+    Ok(said)
 }
 
 struct Forks {

@@ -38,7 +38,7 @@ pub(super) fn run() -> Result<Tally> {
 }
 
 /// Whether this machine lets a program move its memory, as a client of a broker says of itself.
-pub(super) fn live_memory_moves() -> Result<bool> {
+pub(crate) fn live_memory_moves() -> Result<bool> {
     /// The bit of a client's `degraded_flags` that says no.
     const NO_REBIND: u64 = 1 << 1;
     let broker = Broker::serve("64M")?;
