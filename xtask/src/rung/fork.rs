@@ -47,6 +47,7 @@ pub(super) fn run() -> Result<Tally> {
     tally.check("the parent ends first", orphan(&program));
     tally.check("the parent is killed before a touch", bereft(&program));
     tally.check("what a child leaves is its parent's again", left(&program));
+    tally.check("granules of several mappings", in_parts(&program));
     tally.check("originals recalled from all holders", recalled(&program));
     tally.check("the broker dies before a touch", broker_dies(&program));
     tally.check(
@@ -360,6 +361,13 @@ impl Held {
         intact(self.program)?;
         nothing_stays(&self.broker)
     }
+}
+
+/// Parent and child call mlock, mprotect and madvise on what they have not touched.
+fn in_parts(program: &Path) -> Result<()> {
+    Held::start(program, LAZY, "split")?
+        .shared(64 * MIB)?
+        .finish()
 }
 
 fn recalled(program: &Path) -> Result<()> {

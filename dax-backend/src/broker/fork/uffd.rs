@@ -130,28 +130,45 @@ impl Uffd {
     /// Copies the granule at `original` (an address of this process) to
     /// `place`, but for pages that are there already, and wakes who waits.
     pub(super) fn fill(&self, place: u64, original: u64) -> Filled {
-        let mut done = 0;
-        while done < GRANULE {
+        self.each_part(place, |done, len| {
             let mut copy = Copy {
                 dst: place + done,
                 src: original + done,
-                len: GRANULE - done,
+                len,
                 mode: 0,
                 copy: 0,
             };
             // SAFETY: UFFDIO_COPY reads and writes a `struct uffdio_copy`; what
             // it writes to is another process's memory.
             let result = unsafe { ioctl(&self.0, Updater::<IOC_COPY, _>::new(&mut copy)) };
-            match result {
-                Ok(()) => break,
-                // A part was copied: the reason shows at the next attempt.
-                Err(_) if copy.copy > 0 => done += copy.copy as u64,
-                Err(Errno::EXIST) => done += PAGE,
+            (result, copy.copy)
+        })
+    }
+
+    /// Calls `part` for the pages of the granule at `place`, with a distance
+    /// from its start and a length, until each is done or needs nothing; wakes
+    /// who waits. `part` says with an error how much it has done all the same.
+    fn each_part(
+        &self,
+        place: u64,
+        mut part: impl FnMut(u64, u64) -> (Result<(), Errno>, i64),
+    ) -> Filled {
+        let (mut done, mut most) = (0, GRANULE);
+        while done < GRANULE {
+            let len = most.min(GRANULE - done);
+            match part(done, len) {
+                (Ok(()), _) => done += len,
+                // The reason shows at the next attempt.
+                (Err(_), some) if some > 0 => done += some as u64,
+                (Err(Errno::EXIST), _) => done += PAGE,
+                // The kernel takes what lies in one mapping. The member may
+                // have made several of a granule (mlock, mprotect, madvise).
+                (Err(Errno::NOENT | Errno::INVAL), _) if len > PAGE => most = PAGE,
                 // Nothing of ours is there any more.
-                Err(Errno::NOENT | Errno::INVAL) => break,
-                Err(Errno::SRCH) => return Filled::Gone,
-                Err(Errno::FAULT) => return Filled::Unreadable,
-                Err(_) => return Filled::Later,
+                (Err(Errno::NOENT | Errno::INVAL), _) => done += PAGE,
+                (Err(Errno::SRCH), _) => return Filled::Gone,
+                (Err(Errno::FAULT), _) => return Filled::Unreadable,
+                (Err(_), _) => return Filled::Later,
             }
         }
         self.wake(place);
@@ -213,26 +230,17 @@ impl Uffd {
     /// Makes what is missing of a granule raise SIGBUS, as the memory itself
     /// would have.
     pub(super) fn poison(&self, place: u64) -> Filled {
-        let mut done = 0;
-        while done < GRANULE {
+        self.each_part(place, |done, len| {
             let mut fill = Fill {
                 start: place + done,
-                len: GRANULE - done,
+                len,
                 mode: 0,
                 done: 0,
             };
             // SAFETY: UFFDIO_POISON reads and writes a `struct uffdio_poison`.
             let result = unsafe { ioctl(&self.0, Updater::<IOC_POISON, _>::new(&mut fill)) };
-            match result {
-                Err(_) if fill.done > 0 => done += fill.done as u64,
-                Err(Errno::EXIST) => done += PAGE,
-                Err(Errno::AGAIN) => return Filled::Later,
-                Err(Errno::SRCH) => return Filled::Gone,
-                _ => break,
-            }
-        }
-        self.wake(place);
-        Filled::Done
+            (result, fill.done)
+        })
     }
 
     fn wake(&self, place: u64) {
@@ -276,6 +284,98 @@ impl AsFd for Uffd {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use core::ffi::c_void;
+    use rustix::mm::{
+        MapFlags, MprotectFlags, ProtFlags, UserfaultfdFlags, mmap_anonymous, mprotect, munmap,
+    };
+
+    const IOC_REGISTER: Opcode = opcode::read_write::<[u64; 4]>(0xAA, 0x00);
+    const MODE_MISSING: u64 = 1;
+    /// `UFFD_USER_MODE_ONLY`: needs no right.
+    const USER_MODE_ONLY: u32 = 1;
+
+    /// A userfaultfd of this process, and a granule that it serves.
+    fn served() -> (Uffd, u64) {
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
+        // SAFETY: it serves only what this test maps.
+        let fd = unsafe { rustix::mm::userfaultfd(flags) }.unwrap();
+        let mut api = [API, 0, 0];
+        // SAFETY: as in `set_up`.
+        unsafe { ioctl(&fd, Updater::<IOC_API, _>::new(&mut api)) }.unwrap();
+        let (uffd, place) = (Uffd::new(fd).unwrap(), mapped());
+        let mut register = [place, GRANULE, MODE_MISSING, 0];
+        // SAFETY: UFFDIO_REGISTER reads and writes four words.
+        unsafe { ioctl(&uffd.0, Updater::<IOC_REGISTER, _>::new(&mut register)) }.unwrap();
+        (uffd, place)
+    }
+
+    /// A granule of ordinary memory.
+    fn mapped() -> u64 {
+        let (access, len) = (ProtFlags::READ | ProtFlags::WRITE, 2 * GRANULE as usize);
+        let to = std::ptr::null_mut();
+        // SAFETY: a new mapping.
+        let at = unsafe { mmap_anonymous(to, len, access, MapFlags::PRIVATE) }.unwrap();
+        (at as u64).next_multiple_of(GRANULE)
+    }
+
+    /// Whether a page is there.
+    fn is_present(at: u64) -> bool {
+        let mut page = 0u8;
+        // SAFETY: mincore writes a byte for one page.
+        let done = unsafe { libc::mincore(at as *mut c_void, PAGE as usize, &raw mut page) };
+        assert_eq!(done, 0);
+        page & 1 == 1
+    }
+
+    /// Makes several mappings of a granule: page 5 may not be written, page 9
+    /// is not there any more.
+    fn split(place: u64) {
+        let page = |n: u64| (place + n * PAGE) as *mut c_void;
+        // SAFETY: a mapping of the test's.
+        unsafe { mprotect(page(5), PAGE as usize, MprotectFlags::READ) }.unwrap();
+        // SAFETY: as above.
+        unsafe { munmap(page(9), PAGE as usize) }.unwrap();
+    }
+
+    #[test]
+    fn a_granule_of_several_mappings_is_filled_in_each() {
+        let ((uffd, place), original) = (served(), mapped());
+        for page in 0..GRANULE / PAGE {
+            // SAFETY: memory of the test's.
+            unsafe { ((original + page * PAGE) as *mut u64).write(page + 1) };
+        }
+        split(place);
+        assert_eq!(uffd.fill(place, original), Filled::Done);
+        // Whatever is not there would be waited for.
+        let missing: Vec<u64> = (0..GRANULE / PAGE)
+            .filter(|page| *page != 9)
+            .filter(|page| !is_present(place + page * PAGE))
+            .collect();
+        assert_eq!(missing, [0u64; 0]);
+        for page in (0..GRANULE / PAGE).filter(|page| *page != 9) {
+            // SAFETY: as above.
+            let word = unsafe { ((place + page * PAGE) as *const u64).read() };
+            assert_eq!(word, page + 1);
+        }
+    }
+
+    #[test]
+    fn a_granule_of_several_mappings_is_poisoned_in_each() {
+        let (uffd, place) = served();
+        split(place);
+        assert_eq!(uffd.poison(place), Filled::Done);
+        for page in (0..GRANULE / PAGE).filter(|page| *page != 9) {
+            let mut fill = Fill {
+                start: place + page * PAGE,
+                len: PAGE,
+                mode: 0,
+                done: 0,
+            };
+            // SAFETY: as in `zero`.
+            let zeroed = unsafe { ioctl(&uffd.0, Updater::<IOC_ZEROPAGE, _>::new(&mut fill)) };
+            assert_eq!(zeroed, Err(Errno::EXIST), "page {page}");
+        }
+    }
 
     #[test]
     fn another_descriptor_is_refused() {
