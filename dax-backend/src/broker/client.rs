@@ -8,6 +8,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -175,6 +176,9 @@ impl SharedRuns {
 #[derive(Debug)]
 pub struct ForkLine {
     client: BrokerClient,
+    /// The number of the last question. An answer has that of its own, so that
+    /// one that comes too late is taken for no other's.
+    asked: AtomicU64,
 }
 
 impl ForkLine {
@@ -187,10 +191,15 @@ impl ForkLine {
     /// is told; `filled` hears of what was before.
     ///
     /// # Errors
-    /// Nobody serves forks any more.
+    /// Nobody serves forks any more, or not in time: then the fork is over as
+    /// far as they are concerned.
     pub fn begin(&self, filled: &mut dyn FnMut(&SharedRuns)) -> Result<(), ClientError> {
-        self.client.send(&Message::new(Kind::ForkBegin), &[])?;
-        self.answer(Some(LINE_PATIENCE), filled)
+        let id = self.ask(Message::new(Kind::ForkBegin))?;
+        let begun = self.answer(id, Some(LINE_PATIENCE), filled);
+        if begun.is_err() {
+            let _ = self.end();
+        }
+        begun
     }
 
     /// Shares all runs, which are covered by placeholders: `next` gives the
@@ -215,9 +224,9 @@ impl ForkLine {
             let message = Message::new(Kind::ForkShare)
                 .with_flags(if last { FORK_LAST } else { 0 })
                 .with_runs(&runs[..count]);
-            self.client.send(&message, &[])?;
+            let id = self.ask(message)?;
             if last {
-                return self.answer(None, &mut |_| ());
+                return self.answer(id, None, &mut |_| ());
             }
         }
     }
@@ -235,8 +244,8 @@ impl ForkLine {
     /// # Errors
     /// Nobody serves forks any more.
     pub fn offered(&self, filled: &mut dyn FnMut(&SharedRuns)) -> Result<SharedRuns, ClientError> {
-        self.client.send(&Message::new(Kind::ForkTake), &[])?;
-        self.answered(Some(LINE_PATIENCE), filled)
+        let id = self.ask(Message::new(Kind::ForkTake))?;
+        self.answered(id, Some(LINE_PATIENCE), filled)
     }
 
     /// Takes what was [`offered`](Self::offered) back as leases. Who touches it
@@ -253,9 +262,9 @@ impl ForkLine {
             return Ok(());
         }
         let message = Message::new(Kind::ForkTake).with_runs(runs.as_slice());
-        self.client.send(&message, &[])?;
+        let id = self.ask(message)?;
         // Without limit: until it is answered nobody can say whose it is.
-        self.answer(None, filled)
+        self.answer(id, None, filled)
     }
 
     /// What was taken is in place.
@@ -268,21 +277,37 @@ impl ForkLine {
 
     /// What has been filled, one message of it; does not wait.
     pub fn filled(&self) -> Option<SharedRuns> {
-        let none = &mut Descriptors::default();
-        let message = self.client.receive(Some(Duration::ZERO), none).ok()??;
-        (message.kind() == Some(Kind::ForkFilled)).then(|| SharedRuns::of(&message))
+        loop {
+            let none = &mut Descriptors::default();
+            let message = self.client.receive(Some(Duration::ZERO), none).ok()??;
+            match message.kind() {
+                Some(Kind::ForkFilled) => return Some(SharedRuns::of(&message)),
+                // Nobody waits for it any more.
+                Some(Kind::ForkAnswer) => {}
+                _ => return None,
+            }
+        }
+    }
+
+    /// Asks; the number that the answer will have.
+    fn ask(&self, question: Message) -> Result<u64, ClientError> {
+        let id = self.asked.fetch_add(1, Ordering::Relaxed) + 1;
+        self.client.send(&question.with_id(id), &[])?;
+        Ok(id)
     }
 
     fn answer(
         &self,
+        id: u64,
         patience: Option<Duration>,
         filled: &mut dyn FnMut(&SharedRuns),
     ) -> Result<(), ClientError> {
-        self.answered(patience, filled).map(drop)
+        self.answered(id, patience, filled).map(drop)
     }
 
     fn answered(
         &self,
+        id: u64,
         patience: Option<Duration>,
         filled: &mut dyn FnMut(&SharedRuns),
     ) -> Result<SharedRuns, ClientError> {
@@ -292,6 +317,7 @@ impl ForkLine {
             let message = message.ok_or(ClientError::Unexpected)?;
             match message.kind() {
                 Some(Kind::ForkFilled) => filled(&SharedRuns::of(&message)),
+                Some(Kind::ForkAnswer) if message.id() != id => {}
                 Some(Kind::ForkAnswer) if message.arg(0) == 0 => {
                     return Ok(SharedRuns::of(&message));
                 }
@@ -544,8 +570,9 @@ impl BrokerClient {
         drop(theirs);
         let line = ForkLine {
             client: Self { socket: ours },
+            asked: AtomicU64::new(0),
         };
-        line.answer(Some(LINE_PATIENCE), &mut |_| ())?;
+        line.answer(0, Some(LINE_PATIENCE), &mut |_| ())?;
         Ok(line)
     }
 
@@ -607,4 +634,36 @@ fn hello(role: Role, id: u128) -> Message {
         .with_arg(0, role as u64)
         .with_arg(1, (id >> 64) as u64)
         .with_arg(2, id as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_that_comes_too_late_is_no_others() {
+        let flags = SocketFlags::CLOEXEC;
+        let (ours, server) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let line = ForkLine {
+            client: BrokerClient { socket: ours },
+            asked: AtomicU64::new(6),
+        };
+        let say = |id, refused| {
+            let answer = Message::new(Kind::ForkAnswer)
+                .with_id(id)
+                .with_arg(0, refused);
+            send_message(server.as_fd(), &answer, &[], SendFlags::empty()).unwrap();
+        };
+        say(6, 1);
+        say(7, 0);
+        assert_eq!(line.begin(&mut |_| ()), Ok(()));
+        say(7, 0);
+        say(8, 1);
+        assert!(line.begin(&mut |_| ()).is_err());
+        say(8, 0);
+        assert!(line.filled().is_none(), "nothing was filled");
+        drop(server);
+        assert!(line.begin(&mut |_| ()).is_err());
+    }
 }

@@ -124,7 +124,8 @@ pub enum Kind {
     /// The host is short of DRAM: what lies there for want of extents should
     /// move to extents, and what is only kept should go.
     DramShort = 0x86,
-    /// arg0 0 ok, 1 refused. On a line, and from broker to server.
+    /// id of the question; arg0 0 ok, 1 refused. On a line, and from broker to
+    /// server.
     ForkAnswer = 0x89,
     /// runs: the client has copies of these, in DRAM. On a line.
     ForkFilled = 0x8A,

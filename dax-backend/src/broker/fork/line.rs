@@ -13,6 +13,8 @@ use crate::broker::protocol::{
 /// A fork of the root that has begun and not ended.
 #[derive(Default)]
 pub(super) struct Fork {
+    /// What the root's question has for a number.
+    question: u64,
     /// What the root says that it shares.
     runs: Vec<SharedRun>,
     /// What the broker has not answered yet.
@@ -26,6 +28,8 @@ pub(super) struct Fork {
 /// them, until it has them in place.
 pub(super) struct Taking {
     runs: Vec<SharedRun>,
+    /// What the root's question has for a number.
+    question: u64,
     /// What the broker is to answer.
     id: u64,
     /// They are the root's, and need to be put in place.
@@ -58,7 +62,7 @@ impl Server {
             match message.kind() {
                 Some(Kind::ForkBegin) => {
                     self.fork = Some(Fork::default());
-                    self.answer(true);
+                    self.answer(message.id(), true);
                 }
                 Some(Kind::ForkShare) if self.fork.is_some() => self.root_shares(&message),
                 Some(Kind::ForkEnd) => self.fork = None,
@@ -94,6 +98,7 @@ impl Server {
         if message.flags() & FORK_LAST == 0 {
             return;
         }
+        fork.question = message.id();
         if fork.refused || fork.runs.is_empty() {
             let yes = !fork.refused;
             return self.settle(yes);
@@ -115,14 +120,15 @@ impl Server {
         fork.unanswered.clear();
         fork.settled = yes;
         let runs = std::mem::take(&mut fork.runs);
+        let question = fork.question;
         if yes {
             self.family.share(&runs);
         }
-        self.answer(yes);
+        self.answer(question, yes);
     }
 
     /// Says what the root could take.
-    fn offer(&mut self) {
+    fn offer(&mut self, question: u64) {
         let mut runs = Vec::new();
         if !self.is_evicting() {
             let waits = |place| self.is_root_waiting(place);
@@ -135,8 +141,8 @@ impl Server {
                 }
             }
         }
-        let message = Message::new(Kind::ForkAnswer).with_runs(&runs);
-        send(&mut self.line, message);
+        let message = Message::new(Kind::ForkAnswer).with_id(question);
+        send(&mut self.line, message.with_runs(&runs));
     }
 
     /// Whether the root waits for a granule. It may have a part of it already,
@@ -152,15 +158,16 @@ impl Server {
         let end = self.mapping.len();
         let runs: Vec<SharedRun> = message.shared_runs().collect();
         if runs.is_empty() {
-            return self.offer();
+            return self.offer(message.id());
         }
         let sane = runs.iter().all(|run| is_sane(run, end));
         if !sane || self.taking.is_some() || self.is_evicting() || self.desk.is_none() {
-            return self.answer(false);
+            return self.answer(message.id(), false);
         }
         let windows: Vec<WindowRange> = runs.iter().map(SharedRun::window).collect();
         self.taking = Some(Taking {
             runs,
+            question: message.id(),
             id: 0,
             given: false,
         });
@@ -175,7 +182,7 @@ impl Server {
         });
         if !alone || self.is_root_changing() {
             self.taking = None;
-            return self.answer(false);
+            return self.answer(message.id(), false);
         }
         let id = self.ask(Kind::ForkTake, &windows);
         if let Some(taking) = &mut self.taking {
@@ -188,6 +195,7 @@ impl Server {
         let Some(taking) = &mut self.taking else {
             return;
         };
+        let question = taking.question;
         if yes {
             taking.given = true;
             for (place, _) in taking.runs.iter().flat_map(granules) {
@@ -197,7 +205,7 @@ impl Server {
         } else {
             self.taking = None;
         }
-        self.answer(yes);
+        self.answer(question, yes);
     }
 
     /// The root has put them in place, and woken who waited.
@@ -234,9 +242,10 @@ impl Server {
         self.said
     }
 
-    pub(super) fn answer(&mut self, yes: bool) {
-        let message = Message::new(Kind::ForkAnswer).with_arg(0, u64::from(!yes));
-        send(&mut self.line, message);
+    /// Answers the root; `question` is the number of what it asked.
+    pub(super) fn answer(&mut self, question: u64, yes: bool) {
+        let message = Message::new(Kind::ForkAnswer).with_id(question);
+        send(&mut self.line, message.with_arg(0, u64::from(!yes)));
     }
 }
 

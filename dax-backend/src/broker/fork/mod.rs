@@ -25,6 +25,8 @@ mod line;
 mod member;
 mod outbox;
 mod server;
+#[cfg(test)]
+mod tests;
 mod uffd;
 
 use std::collections::{BTreeMap, BTreeSet};

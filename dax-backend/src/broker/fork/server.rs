@@ -83,7 +83,7 @@ impl Server {
             free: Vec::new(),
         };
         server.join(MemberId::ROOT, root, Vec::new());
-        server.answer(true);
+        server.answer(0, true);
         Ok(server)
     }
 
@@ -93,18 +93,23 @@ impl Server {
             let Ok(ready) = self.wait() else {
                 break;
             };
-            self.obey();
-            self.listen();
-            for id in ready {
-                self.hear(id);
-            }
-            self.serve();
-            self.evict();
-            self.tell();
-            self.bury_dead();
+            self.turn(&ready);
         }
         self.tell();
         self.say(Message::new(Kind::ForkEnded));
+    }
+
+    /// Does what there is to do; `ready` are members that did something.
+    pub(super) fn turn(&mut self, ready: &[MemberId]) {
+        self.obey();
+        self.listen();
+        for id in ready {
+            self.hear(*id);
+        }
+        self.serve();
+        self.evict();
+        self.tell();
+        self.bury_dead();
     }
 
     /// Waits for something to do; the members that did something.

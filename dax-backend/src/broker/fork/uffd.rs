@@ -282,7 +282,7 @@ impl AsFd for Uffd {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use core::ffi::c_void;
     use rustix::mm::{
@@ -295,7 +295,7 @@ mod tests {
     const USER_MODE_ONLY: u32 = 1;
 
     /// A userfaultfd of this process, and a granule that it serves.
-    fn served() -> (Uffd, u64) {
+    pub(in super::super) fn served() -> (Uffd, u64) {
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
         // SAFETY: it serves only what this test maps.
         let fd = unsafe { rustix::mm::userfaultfd(flags) }.unwrap();
@@ -319,7 +319,7 @@ mod tests {
     }
 
     /// Whether a page is there.
-    fn is_present(at: u64) -> bool {
+    pub(in super::super) fn is_present(at: u64) -> bool {
         let mut page = 0u8;
         // SAFETY: mincore writes a byte for one page.
         let done = unsafe { libc::mincore(at as *mut c_void, PAGE as usize, &raw mut page) };

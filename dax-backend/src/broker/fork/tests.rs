@@ -1,0 +1,88 @@
+//! A fork server by itself: the test is its root, and its broker.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
+
+use super::ForkFamily;
+use super::family::MemberId;
+use super::server::Server;
+use super::uffd::tests::served;
+use crate::broker::protocol::{FORK_LAST, GRANULE, Kind, Message};
+use crate::broker::socket::{Descriptors, receive_message, send_message};
+
+/// Granules of the window.
+const WINDOW: u64 = 64;
+
+struct Rig {
+    server: Server,
+    /// The root's end of the line.
+    root: OwnedFd,
+    /// The broker's end of the desk.
+    broker: OwnedFd,
+}
+
+impl Rig {
+    /// A server and a granule of its root.
+    fn new() -> (Self, u64) {
+        let pair = || {
+            let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+            socketpair(family, kind, SocketFlags::CLOEXEC, None).unwrap()
+        };
+        let ((root, line), (broker, desk)) = (pair(), pair());
+        let window = memfd_create("window", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&window, WINDOW * GRANULE).unwrap();
+        let (uffd, place) = served();
+        let server = Server::new(ForkFamily {
+            userfaultfd: uffd.as_fd().try_clone_to_owned().unwrap(),
+            line,
+            desk,
+            window,
+            base: 0,
+            len: WINDOW * GRANULE,
+            client: 1,
+            mark: 0,
+        });
+        let rig = Self {
+            server: server.unwrap(),
+            root,
+            broker,
+        };
+        assert_eq!(rig.root_hears(), [(Kind::ForkAnswer, 0)]);
+        (rig, place)
+    }
+
+    /// The root says something, and the server does what it does then.
+    fn root_says(&mut self, message: Message) {
+        send_message(self.root.as_fd(), &message, &[], SendFlags::empty()).unwrap();
+        self.server.turn(&[MemberId::ROOT]);
+    }
+
+    fn root_hears(&self) -> Vec<(Kind, u64)> {
+        said(&self.root)
+            .iter()
+            .map(|message| (message.kind().unwrap(), message.id()))
+            .collect()
+    }
+}
+
+/// What was said to whoever has this end.
+fn said(end: &OwnedFd) -> Vec<Message> {
+    let next = || receive_message(end.as_fd(), &mut Descriptors::default()).ok();
+    std::iter::from_fn(next).collect()
+}
+
+#[test]
+fn an_answer_has_the_number_of_its_question() {
+    let (mut rig, _) = Rig::new();
+    rig.root_says(Message::new(Kind::ForkBegin).with_id(5));
+    assert_eq!(rig.root_hears(), [(Kind::ForkAnswer, 5)]);
+    let last = Message::new(Kind::ForkShare).with_flags(FORK_LAST);
+    rig.root_says(last.with_id(6));
+    assert_eq!(rig.root_hears(), [(Kind::ForkAnswer, 6)]);
+    rig.root_says(Message::new(Kind::ForkEnd));
+    rig.root_says(Message::new(Kind::ForkTake).with_id(7));
+    assert_eq!(rig.root_hears(), [(Kind::ForkAnswer, 7)]);
+    assert!(said(&rig.broker).is_empty());
+}
