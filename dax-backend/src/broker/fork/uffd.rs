@@ -25,6 +25,8 @@ const EVENT_FORK: u8 = 0x13;
 pub(super) const PAGE: u64 = 4096;
 /// No kernel lets a program map less, few programs map this.
 const NOWHERE: u64 = 64 << 10;
+/// No processor has addresses of fewer bits.
+const ADDRESS_BITS: u32 = 32;
 
 /// `struct uffdio_copy`.
 #[repr(C)]
@@ -243,9 +245,25 @@ impl Uffd {
         })
     }
 
-    fn wake(&self, place: u64) {
+    /// Has who waits for a granule try again.
+    pub(super) fn wake(&self, place: u64) {
+        let _ = self.wake_range(place, GRANULE);
+    }
+
+    /// Has everybody try again: whoever still waits then is heard of anew.
+    pub(super) fn wake_all(&self) {
+        // The kernel refuses what goes beyond the end of a process's memory,
+        // and that depends on the processor.
+        for bits in (ADDRESS_BITS..u64::BITS).rev() {
+            if self.wake_range(NOWHERE, (1 << bits) - PAGE - NOWHERE) == Ok(()) {
+                return;
+            }
+        }
+    }
+
+    fn wake_range(&self, start: u64, len: u64) -> Result<(), Errno> {
         // SAFETY: UFFDIO_WAKE reads a `struct uffdio_range`, two words.
-        let _ = unsafe { ioctl(&self.0, Setter::<IOC_WAKE, _>::new([place, GRANULE])) };
+        unsafe { ioctl(&self.0, Setter::<IOC_WAKE, _>::new([start, len])) }
     }
 
     /// Whether the member's memory is gone: it has ended, or called exec.
@@ -325,6 +343,12 @@ pub(super) mod tests {
         let done = unsafe { libc::mincore(at as *mut c_void, PAGE as usize, &raw mut page) };
         assert_eq!(done, 0);
         page & 1 == 1
+    }
+
+    /// What a program reads there; it may wait for it.
+    pub(in super::super) fn words_at(at: u64) -> [u64; 2] {
+        // SAFETY: memory that a test has mapped, and does not unmap.
+        unsafe { (at as *const [u64; 2]).read_volatile() }
     }
 
     /// Makes several mappings of a granule: page 5 may not be written, page 9
