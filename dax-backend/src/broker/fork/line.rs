@@ -65,7 +65,13 @@ impl Server {
                     self.answer(message.id(), true);
                 }
                 Some(Kind::ForkShare) if self.fork.is_some() => self.root_shares(&message),
-                Some(Kind::ForkEnd) => self.fork = None,
+                Some(Kind::ForkEnd) => {
+                    let refused = self.is_unsettled();
+                    self.fork = None;
+                    if refused {
+                        self.have_root_retry();
+                    }
+                }
                 Some(Kind::ForkTake) if self.fork.is_none() => self.root_takes(&message),
                 Some(Kind::ForkTaken) => self.taken(),
                 _ => self.line = None,
@@ -123,6 +129,7 @@ impl Server {
         let question = fork.question;
         if yes {
             self.family.share(&runs);
+            self.have_root_retry();
         }
         self.answer(question, yes);
     }

@@ -4,7 +4,7 @@
 //! a device, and none can hold up more than its own.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -256,11 +256,37 @@ impl Server {
 
     fn serve(&mut self) {
         let waits = std::mem::take(&mut self.waits);
+        let mut ended = BTreeSet::new();
         for (id, addr) in waits {
-            if self.fill(id, addr) == Filled::Later {
-                self.waits.push((id, addr));
+            let granule = (id, addr - addr % GRANULE);
+            // All who waited there were woken, and are heard of again if they
+            // must. What is put there later might be in somebody's way.
+            if ended.contains(&granule) {
+                continue;
+            }
+            match self.fill(id, addr) {
+                Filled::Later => self.waits.push((id, addr)),
+                _ => drop(ended.insert(granule)),
             }
         }
+    }
+
+    /// Ends the root's waits for what is no original. It may have put its
+    /// extents back there since, and be about to move them: a page put there
+    /// now would end waits for that with zeroes. Who still waits for this
+    /// server is heard of again.
+    pub(super) fn have_root_retry(&mut self) {
+        let Some(root) = self.members.get(&MemberId::ROOT) else {
+            return;
+        };
+        self.waits.retain(|(id, addr)| {
+            let place = addr - addr % GRANULE;
+            let stays = *id != MemberId::ROOT || self.family.original(*id, place).is_some();
+            if !stays {
+                root.uffd.wake(place);
+            }
+            stays
+        });
     }
 
     /// Ends the wait of a member for the page at `addr`.
@@ -315,7 +341,10 @@ impl Server {
                 let holders = self.family.holders(*original);
                 let mut left = false;
                 for (id, place) in holders {
-                    left |= self.fill(id, place) == Filled::Later;
+                    match self.fill(id, place) {
+                        Filled::Later => left = true,
+                        _ => self.forget_waits(id, place),
+                    }
                 }
                 left
             });
@@ -327,6 +356,13 @@ impl Server {
                 self.evictions.push(eviction);
             }
         }
+    }
+
+    /// Who waited for a granule was woken.
+    fn forget_waits(&mut self, member: MemberId, place: u64) {
+        let granule = place..place + GRANULE;
+        self.waits
+            .retain(|(id, addr)| *id != member || !granule.contains(addr));
     }
 
     fn bury_dead(&mut self) {

@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair}
 use super::ForkFamily;
 use super::family::MemberId;
 use super::server::Server;
-use super::uffd::tests::served;
+use super::uffd::tests::{is_present, served};
 use crate::broker::protocol::{FORK_LAST, GRANULE, Kind, Message};
 use crate::broker::socket::{Descriptors, receive_message, send_message};
 
@@ -85,4 +85,25 @@ fn an_answer_has_the_number_of_its_question() {
     rig.root_says(Message::new(Kind::ForkTake).with_id(7));
     assert_eq!(rig.root_hears(), [(Kind::ForkAnswer, 7)]);
     assert!(said(&rig.broker).is_empty());
+}
+
+/// A wait for what the root has covered, and has put back since.
+#[test]
+fn no_page_is_put_where_the_root_has_its_extents_back() {
+    for shares in [true, false] {
+        let (mut rig, _) = Rig::new();
+        rig.root_says(Message::new(Kind::ForkBegin).with_id(1));
+        // Somebody else's placeholder is there by now.
+        let (_mover, place) = served();
+        rig.server.waits.push((MemberId::ROOT, place));
+        rig.server.turn(&[]);
+        assert!(!is_present(place), "the fork is not settled");
+        rig.root_says(match shares {
+            true => Message::new(Kind::ForkShare).with_flags(FORK_LAST),
+            false => Message::new(Kind::ForkEnd),
+        });
+        rig.server.turn(&[]);
+        assert!(!is_present(place), "shares: {shares}");
+        assert_eq!(rig.server.waits, []);
+    }
 }
