@@ -42,6 +42,11 @@ impl Server {
         self.fork.as_ref().is_some_and(|fork| !fork.settled)
     }
 
+    /// Whether the broker is about to answer what the root shares.
+    pub(super) fn is_unanswered(&self) -> bool {
+        self.fork.as_ref().is_some_and(|f| !f.unanswered.is_empty())
+    }
+
     /// Whether the books may lack what a child of the root inherits now. Only
     /// one that no handler of fork(2) saw is made while something is taken.
     pub(super) fn is_in_doubt(&self) -> bool {
@@ -82,10 +87,9 @@ impl Server {
             self.fork = None;
             self.taking = None;
         }
-        let asked = self.fork.as_ref().is_some_and(|f| !f.unanswered.is_empty());
         if self.desk.is_none() {
             // Whoever would answer is gone.
-            if asked {
+            if self.is_unanswered() {
                 self.settle(false);
             }
             if self.taking.as_ref().is_some_and(|taking| !taking.given) {

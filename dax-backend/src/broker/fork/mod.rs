@@ -280,12 +280,14 @@ impl Broker {
                     if let Some(client) = self.clients.get_mut(&client) {
                         client.leased = client.leased.saturating_sub(bytes);
                     }
-                    self.recall_shared(family, ranges.as_slice());
                 }
                 let answer = Message::new(Kind::ForkAnswer)
                     .with_id(message.id())
                     .with_arg(0, u64::from(!ours));
                 self.order(client, answer);
+                if ours {
+                    self.recall_shared(family, ranges.as_slice());
+                }
             }
             Some(Kind::ForkTake) => {
                 let given = self.give_back_originals(client, ranges.as_slice());

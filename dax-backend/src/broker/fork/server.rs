@@ -4,7 +4,7 @@
 //! a device, and none can hold up more than its own.
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -50,6 +50,8 @@ pub(super) struct Server {
     pub(super) members: BTreeMap<MemberId, Member>,
     /// Faults to serve, in order.
     pub(super) waits: Vec<(MemberId, u64)>,
+    /// What the broker says of originals that the books don't have yet.
+    early: VecDeque<Message>,
     /// What the broker is about to ask for.
     asked: Vec<WindowRange>,
     evictions: Vec<Eviction>,
@@ -74,6 +76,7 @@ impl Server {
             family: Family::new(),
             members: BTreeMap::new(),
             waits: Vec::new(),
+            early: VecDeque::new(),
             asked: Vec::new(),
             evictions: Vec::new(),
             fork: None,
@@ -169,8 +172,12 @@ impl Server {
 
     /// What the broker wants.
     fn obey(&mut self) {
-        while let Some((message, fds)) = next(&mut self.desk) {
+        while let Some((message, fds)) = self.next_order() {
             match message.kind() {
+                // The broker books what it is asked for before it answers.
+                Some(Kind::ForkEvict | Kind::ForkLost) if self.is_unanswered() => {
+                    self.early.push_back(message);
+                }
                 Some(Kind::ForkJoin) => {
                     if let [Some(line), ..] = fds.0 {
                         self.attach(message.arg(0), line);
@@ -187,6 +194,14 @@ impl Server {
                 _ => {}
             }
         }
+    }
+
+    fn next_order(&mut self) -> Option<(Message, Descriptors)> {
+        match self.is_unanswered() {
+            false => self.early.pop_front().map(|m| (m, Descriptors::default())),
+            true => None,
+        }
+        .or_else(|| next(&mut self.desk))
     }
 
     fn begin_eviction(&mut self, id: u64) {

@@ -9,7 +9,9 @@ use super::ForkFamily;
 use super::family::MemberId;
 use super::server::Server;
 use super::uffd::tests::{is_present, served};
-use crate::broker::protocol::{FORK_LAST, GRANULE, Kind, Message};
+use crate::broker::protocol::{
+    FORK_LAST, GRANULE, Kind, MAX_RANGES, MAX_RUNS, Message, SharedRun, WindowRange,
+};
 use crate::broker::socket::{Descriptors, receive_message, send_message};
 
 /// Granules of the window.
@@ -59,6 +61,33 @@ impl Rig {
         self.server.turn(&[MemberId::ROOT]);
     }
 
+    /// The broker says something, and the server does what it does then.
+    fn broker_says(&mut self, message: Message) {
+        send_message(self.broker.as_fd(), &message, &[], SendFlags::empty()).unwrap();
+        self.server.turn(&[]);
+    }
+
+    /// The root forks and shares granules of the window from the first on,
+    /// each a run of its own. But for `place` nothing is where it says.
+    fn root_shares(&mut self, place: u64, count: u64) {
+        self.root_says(Message::new(Kind::ForkBegin).with_id(1));
+        let runs: Vec<SharedRun> = (0..count)
+            .map(|i| SharedRun {
+                addr: if i == 0 { place } else { 2 * i * GRANULE },
+                offset: i * GRANULE,
+                len: GRANULE,
+            })
+            .collect();
+        let chunks = runs.chunks(MAX_RUNS);
+        let last = chunks.len() - 1;
+        for (index, chunk) in chunks.enumerate() {
+            let flags = if index == last { FORK_LAST } else { 0 };
+            let share = Message::new(Kind::ForkShare).with_id(2).with_flags(flags);
+            self.root_says(share.with_runs(chunk));
+        }
+        assert_eq!(self.root_hears(), [(Kind::ForkAnswer, 1)]);
+    }
+
     fn root_hears(&self) -> Vec<(Kind, u64)> {
         said(&self.root)
             .iter()
@@ -106,4 +135,30 @@ fn no_page_is_put_where_the_root_has_its_extents_back() {
         assert!(!is_present(place), "shares: {shares}");
         assert_eq!(rig.server.waits, []);
     }
+}
+
+/// A recall is under way when the root forks.
+#[test]
+fn what_the_broker_wants_before_the_books_have_it_is_done_then() {
+    let (mut rig, place) = Rig::new();
+    rig.root_shares(place, MAX_RANGES as u64 + 1);
+    let asked = said(&rig.broker);
+    assert_eq!(asked.len(), 2);
+    // One of the first question, one of the second.
+    let wanted = [0, MAX_RANGES as u64].map(|i| WindowRange {
+        offset: i * GRANULE,
+        len: GRANULE,
+    });
+    let evict = Message::new(Kind::ForkEvict).with_flags(FORK_LAST);
+    rig.broker_says(Message::new(Kind::ForkAnswer).with_id(asked[0].id()));
+    rig.broker_says(evict.with_id(9).with_ranges(&wanted));
+    assert!(said(&rig.broker).is_empty(), "it can't know");
+    rig.broker_says(Message::new(Kind::ForkAnswer).with_id(asked[1].id()));
+    assert_eq!(rig.root_hears(), [(Kind::ForkAnswer, 2)]);
+    let said = said(&rig.broker);
+    let kinds: Vec<Kind> = said.iter().filter_map(Message::kind).collect();
+    assert_eq!(kinds, [Kind::ForkFree, Kind::ForkEvicted]);
+    assert_eq!(said[0].ranges().as_slice(), wanted);
+    assert_eq!((said[1].id(), said[1].arg(0)), (9, 2 * GRANULE));
+    assert!(is_present(place));
 }
