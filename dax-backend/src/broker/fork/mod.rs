@@ -273,9 +273,12 @@ impl Broker {
         let ranges = message.ranges();
         match message.kind() {
             Some(Kind::ForkShare) => {
+                let before = self.table.held(client).0;
                 let ours = self.table.hand_over(client, family, ranges.as_slice());
                 if ours {
-                    let bytes: u64 = ranges.as_slice().iter().map(|range| range.len).sum();
+                    // Doing it twice does no harm, and what the device has
+                    // taken was no lease any more.
+                    let bytes = before - self.table.held(client).0;
                     self.counters.forked_bytes += bytes;
                     if let Some(client) = self.clients.get_mut(&client) {
                         client.leased = client.leased.saturating_sub(bytes);
@@ -287,6 +290,9 @@ impl Broker {
                 self.order(client, answer);
                 if ours {
                     self.recall_shared(family, ranges.as_slice());
+                    // The client was told, and could do nothing any more.
+                    let lost = self.table.lost_within(family, ranges.as_slice());
+                    self.lose_originals(family, &lost);
                 }
             }
             Some(Kind::ForkTake) => {

@@ -55,6 +55,8 @@ pub(super) struct Server {
     /// What the broker is about to ask for.
     asked: Vec<WindowRange>,
     evictions: Vec<Eviction>,
+    /// Originals that the device has taken and somebody is still to be told of.
+    lost: BTreeSet<u64>,
     pub(super) fork: Option<Fork>,
     pub(super) taking: Option<Taking>,
     /// Messages to the broker that it answers.
@@ -79,6 +81,7 @@ impl Server {
             early: VecDeque::new(),
             asked: Vec::new(),
             evictions: Vec::new(),
+            lost: BTreeSet::new(),
             fork: None,
             taking: None,
             said: 0,
@@ -109,6 +112,7 @@ impl Server {
         for id in ready {
             self.hear(*id);
         }
+        self.poison_lost();
         self.serve();
         self.evict();
         self.tell();
@@ -128,7 +132,8 @@ impl Server {
         let first = fds.len();
         let members = self.members.values();
         fds.extend(members.map(|m| PollFd::from_borrowed_fd(m.uffd.as_fd(), PollFlags::IN)));
-        let timeout = if self.waits.is_empty() && self.evictions.is_empty() {
+        let idle = self.waits.is_empty() && self.evictions.is_empty() && self.lost.is_empty();
+        let timeout = if idle {
             let needy = self.members.iter().filter(|(id, _)| self.is_probed(**id));
             let next = needy.map(|(_, member)| member.probe).min();
             next.map(|at| at.saturating_duration_since(Instant::now()))
@@ -221,21 +226,36 @@ impl Server {
         !(self.asked.is_empty() && self.evictions.is_empty())
     }
 
-    /// The device has taken originals: whoever needs one gets SIGBUS, as from
-    /// an extent of its own. The root's books go on as if it had not looked.
+    /// The device has taken originals.
     fn lose(&mut self, ranges: &[WindowRange]) {
         let granules = ranges
             .iter()
             .flat_map(|range| (range.offset..range.end()).step_by(GRANULE as usize));
-        for original in granules {
-            for (id, place) in self.family.holders(original) {
-                if let Some(member) = self.members.get(&id) {
-                    let _ = member.uffd.poison(place);
+        let needed = granules.filter(|original| self.family.is_needed(*original));
+        self.lost.extend(needed);
+        self.poison_lost();
+    }
+
+    /// Whoever needs a lost original gets SIGBUS, as from an extent of its own.
+    /// The root's books go on as if it had not looked.
+    fn poison_lost(&mut self) {
+        let mut lost = std::mem::take(&mut self.lost);
+        lost.retain(|original| {
+            let mut left = false;
+            for (id, place) in self.family.holders(*original) {
+                let member = self.members.get(&id);
+                let done = member.map_or(Filled::Gone, |member| member.uffd.poison(place));
+                if done == Filled::Later {
+                    left = true;
+                } else {
+                    self.forget_waits(id, place);
+                    let free = self.family.filled(id, place);
+                    self.now_free(free);
                 }
-                let free = self.family.filled(id, place);
-                self.now_free(free);
             }
-        }
+            left
+        });
+        self.lost = lost;
     }
 
     /// Whether the root is about to fork, or changes its mappings.
@@ -327,14 +347,18 @@ impl Server {
                 member.uffd.zero(addr)
             };
         };
-        if id == MemberId::ROOT && self.is_taken(place) {
+        let is_taken = id == MemberId::ROOT && self.is_taken(place);
+        if is_taken || self.lost.contains(&original) {
             return Filled::Later;
         }
         let result = member.uffd.fill(place, self.mapping.address(original));
         match result {
             Filled::Later => return result,
             Filled::Gone => self.bury(id),
-            Filled::Unreadable => drop(member.uffd.poison(place)),
+            Filled::Unreadable if member.uffd.poison(place) == Filled::Later => {
+                return Filled::Later;
+            }
+            Filled::Unreadable => {}
             Filled::Done => {}
         }
         if result != Filled::Gone {
