@@ -20,6 +20,7 @@ const IOC_ZEROPAGE: Opcode = opcode::read_write::<Fill>(0xAA, 0x04);
 const IOC_POISON: Opcode = opcode::read_write::<Fill>(0xAA, 0x08);
 const FEATURE_EVENT_FORK: u64 = 1 << 1;
 const FEATURE_EVENT_REMAP: u64 = 1 << 2;
+const FEATURE_POISON: u64 = 1 << 14;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_FORK: u8 = 0x13;
 pub(super) const PAGE: u64 = 4096;
@@ -91,6 +92,8 @@ impl Uffd {
     ///
     /// # Errors
     /// `EINVAL`: it is none, or not new. `EPERM`: this process may not either.
+    /// `EOPNOTSUPP`: this kernel can't raise SIGBUS for what is lost
+    /// (`UFFDIO_POISON`, Linux 6.6), and it would read as zeroes.
     pub(super) fn set_up(fd: BorrowedFd<'_>) -> Result<(), Errno> {
         let link = read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
         if link.is_ok_and(|to| to.as_os_str() != "anon_inode:[userfaultfd]") {
@@ -98,7 +101,8 @@ impl Uffd {
         }
         let mut api = [API, FEATURE_EVENT_FORK | FEATURE_EVENT_REMAP, 0];
         // SAFETY: UFFDIO_API reads and writes a `struct uffdio_api`, three words.
-        unsafe { ioctl(fd, Updater::<IOC_API, _>::new(&mut api)) }
+        unsafe { ioctl(fd, Updater::<IOC_API, _>::new(&mut api)) }?;
+        is_enough(api[1])
     }
 
     /// One that is set up.
@@ -292,6 +296,15 @@ impl Uffd {
     }
 }
 
+/// Whether a kernel with these features (what `UFFDIO_API` says) can do all
+/// that forks may come to need.
+fn is_enough(features: u64) -> Result<(), Errno> {
+    match features & FEATURE_POISON {
+        0 => Err(Errno::OPNOTSUPP),
+        _ => Ok(()),
+    }
+}
+
 impl AsFd for Uffd {
     /// Readable when the member did something.
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -399,6 +412,13 @@ pub(super) mod tests {
             let zeroed = unsafe { ioctl(&uffd.0, Updater::<IOC_ZEROPAGE, _>::new(&mut fill)) };
             assert_eq!(zeroed, Err(Errno::EXIST), "page {page}");
         }
+    }
+
+    #[test]
+    fn a_kernel_that_can_not_raise_sigbus_serves_no_forks() {
+        // Linux 6.5 has all features up to UFFD_FEATURE_WP_UNPOPULATED (1 << 13).
+        assert_eq!(is_enough((1 << 14) - 1), Err(Errno::OPNOTSUPP));
+        assert_eq!(is_enough((1 << 15) - 1), Ok(()));
     }
 
     #[test]
