@@ -177,13 +177,20 @@ impl Sharing {
         while let Some(runs) = source.filled() {
             filled(heap, &shelter, &runs);
         }
+        let mut from = 0;
+        // What the program did to a placeholder would be undone.
+        let may = |run: &SharedRun| heap.service().is_as_covered(run.range());
         for _ in 0..TAKES {
             if !heap.space().has_originals() {
                 break;
             }
-            let Some(back) = source.fork_take(&mut |runs| filled(heap, &shelter, runs)) else {
+            let filled = &mut |runs: &SharedRuns| filled(heap, &shelter, runs);
+            let Some(back) = source.fork_take(&mut from, &may, filled) else {
                 break;
             };
+            if back.as_slice().is_empty() {
+                continue;
+            }
             for run in back.as_slice() {
                 uncover(heap, &shelter, run);
             }

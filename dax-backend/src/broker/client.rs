@@ -37,6 +37,9 @@ const PATIENCE: Duration = Duration::from_secs(4);
 /// As long may whoever serves forks be busy with copies.
 const LINE_PATIENCE: Duration = Duration::from_secs(30);
 
+/// What can't be taken back whole is looked at in pieces of so many bytes.
+const PIECE: u64 = 16 * GRANULE;
+
 /// Why there is no connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -170,6 +173,51 @@ impl SharedRuns {
     pub fn as_slice(&self) -> &[SharedRun] {
         &self.runs[..self.len]
     }
+
+    /// The parts for which `may` holds, as far as they fit, and the address
+    /// after the last that was looked at (`None`: there was none). A run that
+    /// may not be taken whole is looked at in pieces.
+    pub fn choose(&self, may: &dyn Fn(&SharedRun) -> bool) -> (Self, Option<u64>) {
+        let mut chosen = Self {
+            runs: [SharedRun::default(); MAX_RUNS],
+            len: 0,
+        };
+        let mut next = None;
+        for run in self.as_slice() {
+            let whole = may(run);
+            let most = if whole { run.len } else { PIECE };
+            let mut done = 0;
+            while done < run.len {
+                let part = SharedRun {
+                    addr: run.addr + done,
+                    offset: run.offset + done,
+                    len: most.min(run.len - done),
+                };
+                if (whole || may(&part)) && !chosen.push(part) {
+                    return (chosen, next);
+                }
+                done += part.len;
+                next = Some(run.addr + done);
+            }
+        }
+        (chosen, next)
+    }
+
+    /// `false`: there is no room for one more.
+    fn push(&mut self, run: SharedRun) -> bool {
+        if let Some(last) = self.runs[..self.len].last_mut()
+            && last.addr + last.len == run.addr
+            && last.end() == run.offset
+        {
+            last.len += run.len;
+        } else if self.len < MAX_RUNS {
+            self.runs[self.len] = run;
+            self.len += 1;
+        } else {
+            return false;
+        }
+        true
+    }
 }
 
 /// Where a client speaks around its forks; see [`Kind::ForkSetUp`].
@@ -239,12 +287,17 @@ impl ForkLine {
         self.client.send(&Message::new(Kind::ForkEnd), &[])
     }
 
-    /// Some of what was shared that nobody else needs; may be none.
+    /// Some of what was shared at address `from` or after it that nobody else
+    /// needs, in order; may be none.
     ///
     /// # Errors
     /// Nobody serves forks any more.
-    pub fn offered(&self, filled: &mut dyn FnMut(&SharedRuns)) -> Result<SharedRuns, ClientError> {
-        let id = self.ask(Message::new(Kind::ForkTake))?;
+    pub fn offered(
+        &self,
+        from: u64,
+        filled: &mut dyn FnMut(&SharedRuns),
+    ) -> Result<SharedRuns, ClientError> {
+        let id = self.ask(Message::new(Kind::ForkTake).with_arg(0, from))?;
         self.answered(id, Some(LINE_PATIENCE), filled)
     }
 
@@ -639,6 +692,34 @@ fn hello(role: Role, id: u128) -> Message {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_may_not_be_taken_is_passed_over() {
+        let run = |addr, granules| SharedRun {
+            addr: addr * GRANULE,
+            offset: addr * GRANULE,
+            len: granules * GRANULE,
+        };
+        let message = Message::new(Kind::ForkTake).with_runs(&[run(0, 2), run(100, 40)]);
+        let offered = SharedRuns::of(&message);
+        let changed = 120 * GRANULE;
+        let may = |part: &SharedRun| !(part.addr..part.addr + part.len).contains(&changed);
+        let (chosen, next) = offered.choose(&may);
+        assert_eq!(chosen.as_slice(), [run(0, 2), run(100, 16), run(132, 8)]);
+        assert_eq!(next, Some(140 * GRANULE));
+        assert_eq!(offered.choose(&|_| true), (offered, next));
+        let (none, next) = offered.choose(&|_| false);
+        assert_eq!((none.as_slice(), next), (&[][..], Some(140 * GRANULE)));
+        assert_eq!(none.choose(&|_| true), (none, None));
+        // What does not fit is offered again.
+        let many: Vec<SharedRun> = (0..MAX_RUNS as u64).map(|i| run(100 * i, 40)).collect();
+        let offered = SharedRuns::of(&Message::new(Kind::ForkTake).with_runs(&many));
+        let may = |part: &SharedRun| part.addr / GRANULE % 100 != 16 && part.len < 40 * GRANULE;
+        let (chosen, next) = offered.choose(&may);
+        assert_eq!(chosen.as_slice().len(), MAX_RUNS);
+        assert_eq!(chosen.as_slice()[MAX_RUNS - 1], run(632, 8));
+        assert_eq!(next, Some(640 * GRANULE));
+    }
 
     #[test]
     fn an_answer_that_comes_too_late_is_no_others() {

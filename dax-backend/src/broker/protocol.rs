@@ -96,7 +96,8 @@ pub enum Kind {
     /// of all that it inherited.
     ForkEnded = 0x0E,
     /// On a line; runs that were shared, which the client wants back as leases
-    /// of its own. Answered: not 0 if somebody else needs them still. Then from
+    /// of its own; without any: it asks what it could have, from address arg0
+    /// on. Answered: not 0 if somebody else needs them still. Then from
     /// server to broker, with ranges of the window; answered, too.
     ForkTake = 0x0F,
     /// On a line, after [`Kind::ForkTake`]: the client has them in place.

@@ -48,6 +48,7 @@ pub(super) fn run() -> Result<Tally> {
     tally.check("the parent is killed before a touch", bereft(&program));
     tally.check("what a child leaves is its parent's again", left(&program));
     tally.check("granules of several mappings", in_parts(&program));
+    tally.check("what the parent made read-only stays so", kept(&program));
     tally.check("originals recalled from all holders", recalled(&program));
     tally.check("the broker dies before a touch", broker_dies(&program));
     tally.check(
@@ -318,6 +319,18 @@ fn left(program: &Path) -> Result<()> {
         on_extents >= 64 * MIB && leased >= 64 * MIB,
         "{on_extents} bytes on extents, {leased} leased"
     );
+    held.finish()
+}
+
+/// The parent takes back what is around a page that it made read-only, and not that.
+fn kept(program: &Path) -> Result<()> {
+    let mut held = Held::start(program, LAZY, "kept")?.shared(64 * MIB)?;
+    held.program.wait_for("alone", LIMIT)?;
+    settles("alone", || {
+        let shared = held.broker.status_number("/capacity/forked")?;
+        let some = (2 * MIB..=40 * MIB).contains(&shared);
+        Ok((!some).then(|| format!("{shared} bytes are still shared")))
+    })?;
     held.finish()
 }
 

@@ -138,13 +138,13 @@ impl Server {
         self.answer(question, yes);
     }
 
-    /// Says what the root could take.
-    fn offer(&mut self, question: u64) {
+    /// Says what the root could take, from an address on.
+    fn offer(&mut self, question: u64, from: u64) {
         let mut runs = Vec::new();
         if !self.is_evicting() {
             let waits = |place| self.is_root_waiting(place);
             let alone = self.family.roots_alone();
-            for (place, original) in alone.filter(|(place, _)| !waits(*place)) {
+            for (place, original) in alone.filter(|(place, _)| *place >= from && !waits(*place)) {
                 push_run(&mut runs, place, original);
                 if runs.len() > MAX_RUNS {
                     runs.pop();
@@ -169,7 +169,7 @@ impl Server {
         let end = self.mapping.len();
         let runs: Vec<SharedRun> = message.shared_runs().collect();
         if runs.is_empty() {
-            return self.offer(message.id());
+            return self.offer(message.id(), message.arg(0));
         }
         let sane = runs.iter().all(|run| is_sane(run, end));
         if !sane || self.taking.is_some() || self.is_evicting() || self.desk.is_none() {
