@@ -398,6 +398,14 @@ impl LeaseTable {
         marked
     }
 
+    /// Whether all of `ranges` is leased to `client`.
+    pub(super) fn is_leased_to(&self, client: ClientId, ranges: &[WindowRange]) -> bool {
+        ranges.iter().all(|range| {
+            let mut slots = self.slots_of(*range).unwrap_or(0..0);
+            !slots.is_empty() && slots.all(|index| self.slots[index] == Slot::Leased(client))
+        })
+    }
+
     /// What of `ranges` `client` holds and the device has taken.
     pub(super) fn lost_within(&self, client: ClientId, ranges: &[WindowRange]) -> Vec<WindowRange> {
         let mut lost = Vec::new();
