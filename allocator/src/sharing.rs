@@ -147,7 +147,7 @@ impl Sharing {
         evacuator: &Evacuator,
     ) -> Option<Asides> {
         let shelter = self.prepare(source)?;
-        if !source.fork_begin(&mut |runs| filled(heap, &shelter, runs)) {
+        if !source.fork_begin(&mut |runs| filled(heap, runs)) {
             self.shelter.store(REFUSED, Ordering::Release);
             // The kernel would have forks wait for whoever served them. While
             // something is behind a placeholder that is better than zeroes.
@@ -175,7 +175,7 @@ impl Sharing {
             return;
         };
         while let Some(runs) = source.filled() {
-            filled(heap, &shelter, &runs);
+            filled(heap, &runs);
         }
         let mut from = 0;
         // What the program did to a placeholder would be undone.
@@ -184,7 +184,7 @@ impl Sharing {
             if !heap.space().has_originals() {
                 break;
             }
-            let filled = &mut |runs: &SharedRuns| filled(heap, &shelter, runs);
+            let filled = &mut |runs: &SharedRuns| filled(heap, runs);
             let Some(back) = source.fork_take(&mut from, &may, filled) else {
                 break;
             };
@@ -199,11 +199,9 @@ impl Sharing {
     }
 }
 
-fn filled(heap: &Heap, shelter: &Shelter, runs: &SharedRuns) {
-    for run in runs.as_slice() {
-        shelter.release(run.range());
-        heap.space().filled(run);
-    }
+fn filled(heap: &Heap, runs: &SharedRuns) {
+    let filled = |run| heap.space().filled(run);
+    runs.as_slice().iter().for_each(filled);
 }
 
 /// Old pages of what was covered.

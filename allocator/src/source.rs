@@ -306,7 +306,7 @@ pub trait ExtentSource: Sync {
     fn fork_taken(&self) {}
 
     /// Some of what was shared of which this process has its own copy now, in
-    /// DRAM. Does not wait.
+    /// DRAM, and on which nobody waits any more. Does not wait.
     fn filled(&self) -> Option<SharedRuns> {
         None
     }

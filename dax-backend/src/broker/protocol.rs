@@ -128,7 +128,8 @@ pub enum Kind {
     /// id of the question; arg0 0 ok, 1 refused. On a line, and from broker to
     /// server.
     ForkAnswer = 0x89,
-    /// runs: the client has copies of these, in DRAM. On a line.
+    /// runs: the client has copies of these, in DRAM, and they are registered
+    /// with its userfaultfd no more. On a line.
     ForkFilled = 0x8A,
     /// Broker to server; id; ranges: everybody is to have copies of these. The
     /// last message of the list has [`FORK_LAST`].

@@ -148,12 +148,6 @@ impl Shelter {
         }
         self.uffd.wake(at.start, len)
     }
-
-    /// Makes ordinary memory of granules that have all their pages.
-    pub fn release(&self, at: Range<usize>) {
-        // Fails where nothing is registered: then it is done already.
-        let _ = self.uffd.unregister(at.start, at.len());
-    }
 }
 
 /// Pages that were moved out of the way; see [`Shelter::set_aside`].

@@ -459,12 +459,23 @@ impl Server {
             self.say(Message::new(Kind::ForkFree).with_ranges(chunk));
         }
         if self.fork.is_none() {
-            for chunk in std::mem::take(&mut self.filled).chunks(MAX_RUNS) {
-                let message = Message::new(Kind::ForkFilled).with_runs(chunk);
-                send(&mut self.line, message);
-            }
+            self.tell_root();
         }
         self.members.values_mut().for_each(Member::tell);
+    }
+
+    /// Makes ordinary memory of what the root has copies of, and tells it.
+    fn tell_root(&mut self) {
+        let filled = std::mem::take(&mut self.filled);
+        for (index, chunk) in filled.chunks(MAX_RUNS).enumerate() {
+            let root = self.members.get(&MemberId::ROOT);
+            if root.is_some_and(|root| !root.makes_ordinary(chunk)) {
+                self.filled = filled[index * MAX_RUNS..].to_vec();
+                return;
+            }
+            let message = Message::new(Kind::ForkFilled).with_runs(chunk);
+            send(&mut self.line, message);
+        }
     }
 }
 

@@ -3,12 +3,13 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
 
 use super::ForkFamily;
 use super::family::MemberId;
 use super::server::Server;
-use super::uffd::tests::{is_present, served};
+use super::uffd::tests::{is_present, register, served};
 use crate::broker::protocol::{
     FORK_LAST, GRANULE, Kind, MAX_RANGES, MAX_RUNS, Message, SharedRun, WindowRange,
 };
@@ -161,4 +162,23 @@ fn what_the_broker_wants_before_the_books_have_it_is_done_then() {
     assert_eq!(said[0].ranges().as_slice(), wanted);
     assert_eq!((said[1].id(), said[1].arg(0)), (9, 2 * GRANULE));
     assert!(is_present(place));
+}
+
+#[test]
+fn the_root_hears_of_its_copies_when_nobody_waits_there_any_more() {
+    let (mut rig, place) = Rig::new();
+    rig.root_shares(place, 1);
+    let asked = said(&rig.broker);
+    rig.broker_says(Message::new(Kind::ForkAnswer).with_id(asked[0].id()));
+    assert_eq!(rig.root_hears(), [(Kind::ForkAnswer, 2)]);
+    rig.server.waits.push((MemberId::ROOT, place));
+    rig.server.turn(&[]);
+    assert!(is_present(place));
+    // Not before the end of the fork: its child would not hear of it.
+    assert_eq!(rig.root_hears(), []);
+    let (other, _) = served();
+    assert_eq!(register(&other, place), Err(Errno::BUSY));
+    rig.root_says(Message::new(Kind::ForkEnd));
+    assert_eq!(rig.root_hears(), [(Kind::ForkFilled, 0)]);
+    assert_eq!(register(&other, place), Ok(()));
 }

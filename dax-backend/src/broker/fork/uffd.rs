@@ -334,10 +334,15 @@ pub(super) mod tests {
         // SAFETY: as in `set_up`.
         unsafe { ioctl(&fd, Updater::<IOC_API, _>::new(&mut api)) }.unwrap();
         let (uffd, place) = (Uffd::new(fd).unwrap(), mapped());
+        register(&uffd, place).unwrap();
+        (uffd, place)
+    }
+
+    /// `EBUSY`: it is another one's.
+    pub(in super::super) fn register(uffd: &Uffd, place: u64) -> Result<(), Errno> {
         let mut register = [place, GRANULE, MODE_MISSING, 0];
         // SAFETY: UFFDIO_REGISTER reads and writes four words.
-        unsafe { ioctl(&uffd.0, Updater::<IOC_REGISTER, _>::new(&mut register)) }.unwrap();
-        (uffd, place)
+        unsafe { ioctl(&uffd.0, Updater::<IOC_REGISTER, _>::new(&mut register)) }
     }
 
     /// A granule of ordinary memory.
