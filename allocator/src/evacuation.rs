@@ -115,6 +115,11 @@ impl Evacuator {
         self.mover.are_unchanged(extents)
     }
 
+    /// The same of placeholders that a fork put over extents.
+    pub(crate) fn is_as_covered(&self, placeholders: Range<usize>) -> bool {
+        self.mover.is_as_covered(placeholders)
+    }
+
     /// The time, for [`Self::no_transfer`].
     pub(crate) fn now(&self) -> u64 {
         rebind::now()

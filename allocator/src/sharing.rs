@@ -147,7 +147,7 @@ impl Sharing {
         evacuator: &Evacuator,
     ) -> Option<Asides> {
         let shelter = self.prepare(source)?;
-        if !source.fork_begin(&mut |runs| filled(heap, &shelter, runs)) {
+        if !source.fork_begin(&mut |runs| filled(heap, runs)) {
             self.shelter.store(REFUSED, Ordering::Release);
             // The kernel would have forks wait for whoever served them. While
             // something is behind a placeholder that is better than zeroes.
@@ -175,15 +175,22 @@ impl Sharing {
             return;
         };
         while let Some(runs) = source.filled() {
-            filled(heap, &shelter, &runs);
+            filled(heap, &runs);
         }
+        let mut from = 0;
+        // What the program did to a placeholder would be undone.
+        let may = |run: &SharedRun| heap.service().is_as_covered(run.range());
         for _ in 0..TAKES {
             if !heap.space().has_originals() {
                 break;
             }
-            let Some(back) = source.fork_take(&mut |runs| filled(heap, &shelter, runs)) else {
+            let filled = &mut |runs: &SharedRuns| filled(heap, runs);
+            let Some(back) = source.fork_take(&mut from, &may, filled) else {
                 break;
             };
+            if back.as_slice().is_empty() {
+                continue;
+            }
             for run in back.as_slice() {
                 uncover(heap, &shelter, run);
             }
@@ -192,11 +199,9 @@ impl Sharing {
     }
 }
 
-fn filled(heap: &Heap, shelter: &Shelter, runs: &SharedRuns) {
-    for run in runs.as_slice() {
-        shelter.release(run.range());
-        heap.space().filled(run);
-    }
+fn filled(heap: &Heap, runs: &SharedRuns) {
+    let filled = |run| heap.space().filled(run);
+    runs.as_slice().iter().for_each(filled);
 }
 
 /// Old pages of what was covered.

@@ -289,8 +289,16 @@ pub trait ExtentSource: Sync {
 
     /// Takes some of what was shared back, as leases, of which nobody else needs
     /// the original: the caller puts it in place, and says so by
-    /// [`ExtentSource::fork_taken`]. `None`: there is nothing. `filled` as above.
-    fn fork_take(&self, _filled: &mut dyn FnMut(&SharedRuns)) -> Option<SharedRuns> {
+    /// [`ExtentSource::fork_taken`]. It is at address `from` or after it, and
+    /// `may` says of each part whether it may be put there; `from` becomes where
+    /// to go on. May be none; `None`: there is nothing, or not now. `filled` as
+    /// above.
+    fn fork_take(
+        &self,
+        _from: &mut usize,
+        _may: &dyn Fn(&SharedRun) -> bool,
+        _filled: &mut dyn FnMut(&SharedRuns),
+    ) -> Option<SharedRuns> {
         None
     }
 
@@ -298,7 +306,7 @@ pub trait ExtentSource: Sync {
     fn fork_taken(&self) {}
 
     /// Some of what was shared of which this process has its own copy now, in
-    /// DRAM. Does not wait.
+    /// DRAM, and on which nobody waits any more. Does not wait.
     fn filled(&self) -> Option<SharedRuns> {
         None
     }

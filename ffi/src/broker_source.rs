@@ -323,21 +323,28 @@ impl ExtentSource for BrokerSource {
         }
     }
 
-    fn fork_take(&self, filled: &mut dyn FnMut(&SharedRuns)) -> Option<SharedRuns> {
+    fn fork_take(
+        &self,
+        from: &mut usize,
+        may: &dyn Fn(&SharedRun) -> bool,
+        filled: &mut dyn FnMut(&SharedRuns),
+    ) -> Option<SharedRuns> {
         let line = self.line.get()?;
         let filled = &mut |runs: &WireRuns| filled(&shared(runs));
-        let offered = line.offered(filled).ok()?;
+        let offered = line.offered(*from as u64, filled).ok()?;
+        let (wanted, next) = offered.choose(&|run| may(&from_wire_run(run)));
+        *from = next? as usize;
         // First: a broker that comes next may have booked it already.
-        for run in offered.as_slice() {
+        for run in wanted.as_slice() {
             self.rejoin.leases.add(run.window());
         }
-        if line.take(&offered, filled).is_err() {
-            for run in offered.as_slice() {
+        if line.take(&wanted, filled).is_err() {
+            for run in wanted.as_slice() {
                 self.rejoin.leases.remove(run.window());
             }
             return None;
         }
-        Some(shared(&offered)).filter(|runs| !runs.as_slice().is_empty())
+        Some(shared(&wanted))
     }
 
     fn fork_taken(&self) {
@@ -489,11 +496,15 @@ fn to_wire(ranges: &Ranges) -> [WireRange; RANGES_PER_EVENT] {
 }
 
 fn shared(wire: &WireRuns) -> SharedRuns {
-    SharedRuns::new(wire.as_slice().iter().map(|run| SharedRun {
+    SharedRuns::new(wire.as_slice().iter().map(from_wire_run))
+}
+
+fn from_wire_run(run: &WireRun) -> SharedRun {
+    SharedRun {
         addr: run.addr as usize,
         offset: run.offset,
         len: run.len as usize,
-    }))
+    }
 }
 
 fn from_wire(wire: &[WireRange]) -> Ranges {

@@ -2,6 +2,7 @@
 //! and the worker waits until the child is made.
 #![forbid(unsafe_code)]
 
+use core::ops::Range;
 use core::sync::atomic::Ordering;
 use core::time::Duration;
 use std::time::Instant;
@@ -75,6 +76,13 @@ impl Service {
             None => RESTRAINT,
         };
         Some(restraint)
+    }
+
+    /// Whether placeholders of a fork are mapped as they were made.
+    pub(crate) fn is_as_covered(&self, placeholders: Range<usize>) -> bool {
+        let evacuator = self.evacuator.lock();
+        let evacuator = evacuator.as_ref();
+        evacuator.is_some_and(|evacuator| evacuator.is_as_covered(placeholders))
     }
 
     /// Provides for a child. Something if the source is to hear of the end of

@@ -398,6 +398,25 @@ impl LeaseTable {
         marked
     }
 
+    /// Whether all of `ranges` is leased to `client`.
+    pub(super) fn is_leased_to(&self, client: ClientId, ranges: &[WindowRange]) -> bool {
+        ranges.iter().all(|range| {
+            let mut slots = self.slots_of(*range).unwrap_or(0..0);
+            !slots.is_empty() && slots.all(|index| self.slots[index] == Slot::Leased(client))
+        })
+    }
+
+    /// What of `ranges` `client` holds and the device has taken.
+    pub(super) fn lost_within(&self, client: ClientId, ranges: &[WindowRange]) -> Vec<WindowRange> {
+        let mut lost = Vec::new();
+        for index in ranges.iter().flat_map(|range| granules(*range)) {
+            if self.slots[index] == Slot::Lost(client) {
+                push_merged(&mut lost, range_of(index, 1));
+            }
+        }
+        lost
+    }
+
     /// What `client` has leased, at most `bytes` of it.
     pub(super) fn leased_by(&self, client: ClientId, bytes: u64) -> Vec<WindowRange> {
         let leased = |index: &usize| self.slots[*index] == Slot::Leased(client);

@@ -96,7 +96,8 @@ pub enum Kind {
     /// of all that it inherited.
     ForkEnded = 0x0E,
     /// On a line; runs that were shared, which the client wants back as leases
-    /// of its own. Answered: not 0 if somebody else needs them still. Then from
+    /// of its own; without any: it asks what it could have, from address arg0
+    /// on. Answered: not 0 if somebody else needs them still. Then from
     /// server to broker, with ranges of the window; answered, too.
     ForkTake = 0x0F,
     /// On a line, after [`Kind::ForkTake`]: the client has them in place.
@@ -124,9 +125,11 @@ pub enum Kind {
     /// The host is short of DRAM: what lies there for want of extents should
     /// move to extents, and what is only kept should go.
     DramShort = 0x86,
-    /// arg0 0 ok, 1 refused. On a line, and from broker to server.
+    /// id of the question; arg0 0 ok, 1 refused. On a line, and from broker to
+    /// server.
     ForkAnswer = 0x89,
-    /// runs: the client has copies of these, in DRAM. On a line.
+    /// runs: the client has copies of these, in DRAM, and they are registered
+    /// with its userfaultfd no more. On a line.
     ForkFilled = 0x8A,
     /// Broker to server; id; ranges: everybody is to have copies of these. The
     /// last message of the list has [`FORK_LAST`].

@@ -120,8 +120,12 @@ impl Client {
 
     /// Bytes that it holds and, by its own account, nothing uses.
     pub(super) fn unused(&self) -> u64 {
-        let live = self.liveness.stats().extent_live_bytes;
-        self.leased.saturating_sub(live)
+        let stats = self.liveness.stats();
+        unused(
+            self.leased,
+            stats.extent_held_bytes,
+            stats.extent_live_bytes,
+        )
     }
 
     pub(super) fn run(&self) -> Option<Uuid> {
@@ -509,6 +513,14 @@ impl Broker {
     }
 }
 
+/// Of `leased` bytes, what a client does not use that by its own account has
+/// `held` on extents and `live` there. It counts what it has shared by a fork,
+/// which is no lease any more, and of which nothing is free for others.
+fn unused(leased: u64, held: u64, live: u64) -> u64 {
+    let shared = held.saturating_sub(leased);
+    leased.saturating_sub(live.saturating_sub(shared))
+}
+
 /// What the keeper calls the page of a client.
 pub(super) fn page_name(client: ClientId) -> String {
     format!("page-{}", client.0)
@@ -525,4 +537,21 @@ fn command_of(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm"))
         .map(|name| name.trim_end().to_owned())
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_fork_shares_is_not_what_uses_leases() {
+        assert_eq!(unused(100, 100, 60), 40);
+        // 80 were leased, all of them in use, and 60 are the family's.
+        assert_eq!(unused(20, 80, 80), 0);
+        // Just what it shares is in use.
+        assert_eq!(unused(40, 100, 60), 40);
+        // Nothing was published yet; or before the last grant.
+        assert_eq!(unused(100, 0, 0), 100);
+        assert_eq!(unused(100, 80, 80), 20);
+    }
 }

@@ -3,6 +3,7 @@
 mod admission;
 mod capacity;
 mod evacuations;
+mod forks;
 mod leases;
 mod marks;
 mod node;

@@ -17,8 +17,9 @@ use dax_backend::broker::admin::{
 use dax_backend::broker::receipt::{DpaSpan, HexDpa};
 use dax_backend::broker::status::Status;
 use dax_backend::broker::{
-    Admit, Broker, BrokerClient, BrokerConfig, CapacityPolicy, FromBroker, GRANULE, Listener,
-    Notice, Ranges, Receipt, Stop, Store, StoreSocket, Welcome, Window, WindowRange,
+    Admit, Broker, BrokerClient, BrokerConfig, CapacityPolicy, ForkFamily, FromBroker, GRANULE,
+    Listener, Notice, Ranges, Receipt, ServeFamily, Stop, Store, StoreSocket, Welcome, Window,
+    WindowRange,
 };
 use dax_backend::capacity::CapacityDevice;
 use dax_backend::device::{DcDevice, DeviceConfig};
@@ -37,6 +38,8 @@ pub(crate) struct Setup {
     pub(crate) orchestrator: bool,
     pub(crate) recall_deadline: Duration,
     pub(crate) policy: Option<CapacityPolicy>,
+    /// Serves forks instead of a thread.
+    pub(crate) serve_family: ServeFamily,
     /// Tells of pressure instead of the kernel.
     pub(crate) pressure: Option<OwnedFd>,
 }
@@ -49,6 +52,7 @@ impl Default for Setup {
             orchestrator: true,
             recall_deadline: Duration::from_secs(2),
             policy: None,
+            serve_family: ForkFamily::serve_on_thread,
             pressure: None,
         }
     }
@@ -285,6 +289,7 @@ fn broker_over(model: &SoftwareDevice, setup: &Setup, store: Store) -> Broker {
         recall_deadline: setup.recall_deadline,
         warm_reserve: 4 * GRANULE,
         policy: setup.policy,
+        serve_family: setup.serve_family,
         ..BrokerConfig::default()
     };
     let orchestrator: Option<Box<dyn Orchestrator>> = match setup.orchestrator {

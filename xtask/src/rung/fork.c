@@ -5,8 +5,10 @@
  *   orphan  the parent ends at once, and its child makes the file if all is well
  *   later   forks when there is the file
  *   hold    one child, and neither looks at its heap before there is the file
+ *   split   the same, and then each makes several mappings of what it has not touched
  *   bereft  the same, and the parent, which looks at nothing, is killed before: its child makes FILE.well
  *   rest    one child, which is killed; the parent has not looked at its heap before there is the file
+ *   kept    the same, and the parent has made some pages of its heap read-only, which stay so
  *   kill    children are killed while they read
  *   cost    says how long forks take, in turns of ordinary memory and of its heap, for every 16 MiB of which it has
  *           waited so many milliseconds, instead of a file
@@ -210,13 +212,36 @@ static void touch(int mib) {
     }
 }
 
+/* Makes several mappings of most granules, or has the kernel make them one again. */
+static void split(int many) {
+    for (int i = 0; i < count; i += 4) {
+        void *page = (void *)((unsigned long)blocks[i] & ~4095ul);
+        int failed = 0;
+        if (i / 4 % 3 == 0) failed = many ? mlock(page, 4096) : munlock(page, 4096);
+        if (i / 4 % 3 == 1) failed = mprotect(page, 4096, many ? PROT_READ : PROT_READ | PROT_WRITE);
+        if (i / 4 % 3 == 2) failed = madvise(page, 4096, many ? MADV_DONTDUMP : MADV_DODUMP);
+        if (failed) fail("split", i);
+    }
+}
+
+/* Whether the kernel may not write to a page, which is all that can be seen of it without a signal. */
+static int is_read_only(void *page) {
+    int zero = open("/dev/zero", O_RDONLY);
+    int refused = read(zero, page, 1) < 0 && errno == EFAULT;
+    close(zero);
+    return refused;
+}
+
 static void look_around(const char *how, const char *file) {
-    int bereft = !strcmp(how, "bereft"), rest = !strcmp(how, "rest");
+    int kept = !strcmp(how, "kept"), rest = kept || !strcmp(how, "rest"), bereft = !strcmp(how, "bereft");
+    void *page = (void *)((unsigned long)blocks[count / 2] & ~4095ul);
+    int parts = !strcmp(how, "split");
     pid_t pid = start();
     if (pid == 0) {
         if (bereft) setsid();
         if (rest) pause();
         await(file);
+        if (parts) split(1);
         check("the child that waited", -1);
         if (bereft) {
             char well[300];
@@ -227,12 +252,20 @@ static void look_around(const char *how, const char *file) {
     }
     if (bereft) pause();
     if (rest) {
+        if (kept && mprotect(page, 4096, PROT_READ)) fail("mprotect", 0);
         usleep(300000);
         kill(pid, SIGKILL);
         if (waitpid(pid, NULL, 0) != pid) fail("waitpid", 0);
         say("alone\n");
     }
     await(file);
+    if (kept && !is_read_only(page)) fail("a page can be written to", 0);
+    if (kept && mprotect(page, 4096, PROT_READ | PROT_WRITE)) fail("mprotect", 1);
+    if (parts) {
+        split(1);
+        check("its parent, in parts", -1);
+        split(0);
+    }
     put(2, 0);
     if (!rest) end("the child that waited", pid);
     check("its parent", -1);
@@ -265,7 +298,8 @@ int main(int argc, char **argv) {
     if (!strcmp(how, "later")) await(file);
     if (!strcmp(how, "cost")) cost((size_t)mib << 20, forks);
     if (!strcmp(how, "touch")) touch(mib);
-    if (!strcmp(how, "hold") || !strcmp(how, "bereft") || !strcmp(how, "rest")) look_around(how, file);
+    if (!strcmp(how, "hold") || !strcmp(how, "split") || !strcmp(how, "bereft") || !strcmp(how, "rest") || !strcmp(how, "kept"))
+        look_around(how, file);
     else if (strcmp(how, "cost") && strcmp(how, "touch"))
         for (; forked < forks && now() < until; forked++) {
             pid_t pid = start();

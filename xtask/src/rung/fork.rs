@@ -43,6 +43,8 @@ pub(super) fn run() -> Result<Tally> {
     tally.check("the parent ends first", orphan(&program));
     tally.check("the parent is killed before a touch", bereft(&program));
     tally.check("what a child leaves is its parent's again", left(&program));
+    tally.check("granules of several mappings", in_parts(&program));
+    tally.check("what the parent made read-only stays so", kept(&program));
     tally.check("originals recalled from all holders", recalled(&program));
     tally.check("the broker dies before a touch", broker_dies(&program));
     tally.check(
@@ -333,6 +335,18 @@ fn left(program: &Path) -> Result<()> {
     held.finish()
 }
 
+/// The parent takes back what is around a page that it made read-only, and not that.
+fn kept(program: &Path) -> Result<()> {
+    let mut held = Held::start(program, LAZY, "kept")?.shared(64 * MIB)?;
+    held.program.wait_for("alone", LIMIT)?;
+    settles("alone", || {
+        let shared = held.broker.status_number("/capacity/forked")?;
+        let some = (2 * MIB..=40 * MIB).contains(&shared);
+        Ok((!some).then(|| format!("{shared} bytes are still shared")))
+    })?;
+    held.finish()
+}
+
 /// A parent and a child that hold the same 64 MiB and have not looked at them since the fork.
 struct Held {
     broker: Broker,
@@ -373,6 +387,13 @@ impl Held {
         intact(self.program)?;
         nothing_stays(&self.broker)
     }
+}
+
+/// Parent and child call mlock, mprotect and madvise on what they have not touched.
+fn in_parts(program: &Path) -> Result<()> {
+    Held::start(program, LAZY, "split")?
+        .shared(64 * MIB)?
+        .finish()
 }
 
 fn recalled(program: &Path) -> Result<()> {

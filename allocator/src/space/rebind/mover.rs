@@ -322,6 +322,11 @@ impl Mover {
         self.mappings.changed(extents, true) == Ok(None)
     }
 
+    /// The same of placeholders, which no program knows of.
+    pub fn is_as_covered(&self, placeholders: Range<usize>) -> bool {
+        self.mappings.changed(placeholders, false) == Ok(None)
+    }
+
     /// Waits until no direct I/O has pages of a range that is behind
     /// placeholders since `taken` (CLOCK_MONOTONIC, ns). `false`: some has, or may.
     pub fn no_transfer(&self, range: &Range<usize>, taken: u64) -> bool {

@@ -3,9 +3,10 @@
 //! them, and what its parent had is copied to whoever touches it.
 
 use super::placeholder::is_empty;
-use super::staging::{advise, allow_access, map_nothing, unmap};
+use super::staging::{advise, allow_access, make_present, map_nothing, unmap};
 use super::uffd::{Uffd, UffdError};
 use super::{GRANULE, PAGE, RUN};
+use crate::space::present;
 use core::ffi::c_void;
 use core::mem::ManuallyDrop;
 use core::ops::Range;
@@ -98,12 +99,16 @@ impl Shelter {
     /// Returns what to unmap once there is time.
     ///
     /// # Errors
-    /// The kernel's, also where they are more than one mapping; nothing was
-    /// changed then.
+    /// The kernel's, also where they are more than one mapping; `EOPNOTSUPP`
+    /// where they must be present, because no touch maps a page there. Nothing
+    /// was changed then.
     ///
     /// # Safety
     /// The granules are the caller's, and one shared mapping.
     pub unsafe fn set_aside(at: Range<usize>) -> Result<Aside, Errno> {
+        if present::is_needed() {
+            return Err(Errno::OPNOTSUPP);
+        }
         let (aside, len) = (reserve(at.len())?, at.len());
         let flags = MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP;
         let (from, to) = (at.start as *mut c_void, aside as *mut c_void);
@@ -132,6 +137,8 @@ impl Shelter {
         let placed = || {
             advise(extents as usize, len, Advice::LinuxDontFork)?;
             advise(extents as usize, len, Advice::LinuxDontDump)?;
+            // What can't be had any more raises SIGBUS when it is touched.
+            let _ = make_present(extents as usize, len);
             // SAFETY: the source is ours, the target the caller's to replace.
             unsafe { mremap_fixed(extents, len, len, may_move, at.start as *mut c_void) }
         };
@@ -140,12 +147,6 @@ impl Shelter {
             return Err(errno);
         }
         self.uffd.wake(at.start, len)
-    }
-
-    /// Makes ordinary memory of granules that have all their pages.
-    pub fn release(&self, at: Range<usize>) {
-        // Fails where nothing is registered: then it is done already.
-        let _ = self.uffd.unregister(at.start, at.len());
     }
 }
 
@@ -224,4 +225,62 @@ fn reserve(len: usize) -> Result<usize, Errno> {
     unmap(wide, at - wide);
     unmap(at + len, wide + GRANULE - at);
     Ok(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::mm::{MapFlags, ProtFlags, UserfaultfdFlags, mmap};
+
+    /// Pages of a granule that the process's own tables have.
+    fn mapped_pages(at: usize) -> usize {
+        use std::os::unix::fs::FileExt;
+        let pages = std::fs::File::open("/proc/self/pagemap").unwrap();
+        let mut words = vec![0u8; GRANULE / PAGE * 8];
+        pages
+            .read_exact_at(&mut words, (at / PAGE * 8) as u64)
+            .unwrap();
+        // Documentation/admin-guide/mm/pagemap.rst: the top bit of each word.
+        words
+            .chunks_exact(8)
+            .filter(|word| word[7] & 0x80 != 0)
+            .count()
+    }
+
+    /// On a DAX device whoever forbids huge pages can't have a page by
+    /// touching it. What other tests map from then on is present, too.
+    #[test]
+    fn what_must_be_present_is_put_back_so_and_not_set_aside() {
+        let file = memfd_create(c"window", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, GRANULE as u64).unwrap();
+        let (access, shared) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
+        let to = core::ptr::null_mut();
+        // SAFETY: a new mapping.
+        let alias = unsafe { mmap(to, GRANULE, access, shared, &file, 0) }.unwrap() as usize;
+        let granule = || {
+            let at = reserve(GRANULE).unwrap();
+            allow_access(at, GRANULE).unwrap();
+            at
+        };
+        // One that was never set up wakes nobody, which is all that is asked.
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::from_bits_retain(1);
+        // SAFETY: it serves nothing.
+        let uffd = unsafe { rustix::mm::userfaultfd(flags) }.unwrap();
+        let uffd = ManuallyDrop::new(Uffd::from_fd(uffd));
+        let shelter = Shelter { uffd };
+        let [before, after] = [granule(), granule()];
+        // SAFETY: granules of this test's, which nobody reads.
+        unsafe {
+            let _ = shelter.uncover(before..before + GRANULE, alias);
+            present::window_is_a_device();
+            let _ = shelter.uncover(after..after + GRANULE, alias);
+        }
+        assert_eq!(mapped_pages(before), 0);
+        assert_eq!(mapped_pages(after), GRANULE / PAGE);
+        // SAFETY: as above.
+        let aside = unsafe { Shelter::set_aside(after..after + GRANULE) };
+        assert_eq!(aside.err(), Some(Errno::OPNOTSUPP));
+        assert_eq!(mapped_pages(after), GRANULE / PAGE);
+    }
 }

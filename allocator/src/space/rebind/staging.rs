@@ -105,10 +105,7 @@ impl Staging {
         // A child that inherited it would write into its parent's heap.
         advise(at, GRANULE, Advice::LinuxDontFork)?;
         advise(at, GRANULE, Advice::LinuxDontDump)?;
-        match present::is_needed() {
-            true => populate(at, GRANULE, Advice::LinuxPopulateWrite),
-            false => Ok(()),
-        }
+        make_present(at, GRANULE)
     }
 
     /// Makes reserved granule `i` anonymous memory, a huge page if there is
@@ -156,6 +153,15 @@ impl Drop for Staging {
 pub(super) fn populate_live(at: usize, live: &LivePages, how: Advice) -> Result<(), Errno> {
     live.runs()
         .try_for_each(|pages| populate(at + pages.start * PAGE, pages.len() * PAGE, how))
+}
+
+/// Makes the pages of a new mapping of extents present where whoever touches
+/// them could not.
+pub(super) fn make_present(at: usize, len: usize) -> Result<(), Errno> {
+    match present::is_needed() {
+        true => populate(at, len, Advice::LinuxPopulateWrite),
+        false => Ok(()),
+    }
 }
 
 fn populate(at: usize, len: usize, how: Advice) -> Result<(), Errno> {

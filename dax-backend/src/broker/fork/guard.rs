@@ -25,6 +25,8 @@ const NOBODY: [u64; 2] = [u64::MAX; 2];
 pub fn guard(userfaultfds: Vec<OwnedFd>, mark: u64) -> Result<(), Errno> {
     let members = userfaultfds.into_iter().filter_map(|fd| Uffd::new(fd).ok());
     let mut members: Vec<Uffd> = members.collect();
+    // The server may have read of a wait, and not have ended it.
+    members.iter().for_each(Uffd::wake_all);
     let mut waits: Vec<(usize, u64)> = Vec::new();
     while !members.is_empty() {
         if waits.is_empty() {
@@ -66,4 +68,26 @@ pub fn guard(userfaultfds: Vec<OwnedFd>, mark: u64) -> Result<(), Errno> {
         members.append(&mut born);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broker::fork::uffd::tests::{served, words_at};
+    use std::sync::mpsc;
+
+    #[test]
+    fn who_waited_for_the_server_hears_of_its_end() {
+        let (server, mark) = served();
+        let (say, hear) = mpsc::channel();
+        std::thread::spawn(move || say.send(words_at(mark)));
+        let mut members = [PollFd::new(&server, PollFlags::IN)];
+        poll(&mut members, None).unwrap();
+        // It dies with what it has read.
+        assert!(matches!(server.next(), Ok(Some(Event::Fault(at))) if at == mark));
+        let fd = server.as_fd().try_clone_to_owned().unwrap();
+        std::thread::spawn(move || guard(vec![fd], mark));
+        let seen = hear.recv_timeout(Duration::from_secs(20));
+        assert_eq!(seen, Ok(NOBODY), "it still waits");
+    }
 }

@@ -13,6 +13,8 @@ use crate::broker::protocol::{
 /// A fork of the root that has begun and not ended.
 #[derive(Default)]
 pub(super) struct Fork {
+    /// What the root's question has for a number.
+    question: u64,
     /// What the root says that it shares.
     runs: Vec<SharedRun>,
     /// What the broker has not answered yet.
@@ -26,6 +28,8 @@ pub(super) struct Fork {
 /// them, until it has them in place.
 pub(super) struct Taking {
     runs: Vec<SharedRun>,
+    /// What the root's question has for a number.
+    question: u64,
     /// What the broker is to answer.
     id: u64,
     /// They are the root's, and need to be put in place.
@@ -36,6 +40,11 @@ impl Server {
     /// Whether the root may have covered what the books don't have yet.
     pub(super) fn is_unsettled(&self) -> bool {
         self.fork.as_ref().is_some_and(|fork| !fork.settled)
+    }
+
+    /// Whether the broker is about to answer what the root shares.
+    pub(super) fn is_unanswered(&self) -> bool {
+        self.fork.as_ref().is_some_and(|f| !f.unanswered.is_empty())
     }
 
     /// Whether the books may lack what a child of the root inherits now. Only
@@ -58,10 +67,16 @@ impl Server {
             match message.kind() {
                 Some(Kind::ForkBegin) => {
                     self.fork = Some(Fork::default());
-                    self.answer(true);
+                    self.answer(message.id(), true);
                 }
                 Some(Kind::ForkShare) if self.fork.is_some() => self.root_shares(&message),
-                Some(Kind::ForkEnd) => self.fork = None,
+                Some(Kind::ForkEnd) => {
+                    let refused = self.is_unsettled();
+                    self.fork = None;
+                    if refused {
+                        self.have_root_retry();
+                    }
+                }
                 Some(Kind::ForkTake) if self.fork.is_none() => self.root_takes(&message),
                 Some(Kind::ForkTaken) => self.taken(),
                 _ => self.line = None,
@@ -72,10 +87,9 @@ impl Server {
             self.fork = None;
             self.taking = None;
         }
-        let asked = self.fork.as_ref().is_some_and(|f| !f.unanswered.is_empty());
         if self.desk.is_none() {
             // Whoever would answer is gone.
-            if asked {
+            if self.is_unanswered() {
                 self.settle(false);
             }
             if self.taking.as_ref().is_some_and(|taking| !taking.given) {
@@ -94,6 +108,7 @@ impl Server {
         if message.flags() & FORK_LAST == 0 {
             return;
         }
+        fork.question = message.id();
         if fork.refused || fork.runs.is_empty() {
             let yes = !fork.refused;
             return self.settle(yes);
@@ -115,19 +130,21 @@ impl Server {
         fork.unanswered.clear();
         fork.settled = yes;
         let runs = std::mem::take(&mut fork.runs);
+        let question = fork.question;
         if yes {
             self.family.share(&runs);
+            self.have_root_retry();
         }
-        self.answer(yes);
+        self.answer(question, yes);
     }
 
-    /// Says what the root could take.
-    fn offer(&mut self) {
+    /// Says what the root could take, from an address on.
+    fn offer(&mut self, question: u64, from: u64) {
         let mut runs = Vec::new();
         if !self.is_evicting() {
             let waits = |place| self.is_root_waiting(place);
             let alone = self.family.roots_alone();
-            for (place, original) in alone.filter(|(place, _)| !waits(*place)) {
+            for (place, original) in alone.filter(|(place, _)| *place >= from && !waits(*place)) {
                 push_run(&mut runs, place, original);
                 if runs.len() > MAX_RUNS {
                     runs.pop();
@@ -135,8 +152,8 @@ impl Server {
                 }
             }
         }
-        let message = Message::new(Kind::ForkAnswer).with_runs(&runs);
-        send(&mut self.line, message);
+        let message = Message::new(Kind::ForkAnswer).with_id(question);
+        send(&mut self.line, message.with_runs(&runs));
     }
 
     /// Whether the root waits for a granule. It may have a part of it already,
@@ -152,15 +169,16 @@ impl Server {
         let end = self.mapping.len();
         let runs: Vec<SharedRun> = message.shared_runs().collect();
         if runs.is_empty() {
-            return self.offer();
+            return self.offer(message.id(), message.arg(0));
         }
         let sane = runs.iter().all(|run| is_sane(run, end));
         if !sane || self.taking.is_some() || self.is_evicting() || self.desk.is_none() {
-            return self.answer(false);
+            return self.answer(message.id(), false);
         }
         let windows: Vec<WindowRange> = runs.iter().map(SharedRun::window).collect();
         self.taking = Some(Taking {
             runs,
+            question: message.id(),
             id: 0,
             given: false,
         });
@@ -175,7 +193,7 @@ impl Server {
         });
         if !alone || self.is_root_changing() {
             self.taking = None;
-            return self.answer(false);
+            return self.answer(message.id(), false);
         }
         let id = self.ask(Kind::ForkTake, &windows);
         if let Some(taking) = &mut self.taking {
@@ -188,6 +206,7 @@ impl Server {
         let Some(taking) = &mut self.taking else {
             return;
         };
+        let question = taking.question;
         if yes {
             taking.given = true;
             for (place, _) in taking.runs.iter().flat_map(granules) {
@@ -197,7 +216,7 @@ impl Server {
         } else {
             self.taking = None;
         }
-        self.answer(yes);
+        self.answer(question, yes);
     }
 
     /// The root has put them in place, and woken who waited.
@@ -234,9 +253,10 @@ impl Server {
         self.said
     }
 
-    pub(super) fn answer(&mut self, yes: bool) {
-        let message = Message::new(Kind::ForkAnswer).with_arg(0, u64::from(!yes));
-        send(&mut self.line, message);
+    /// Answers the root; `question` is the number of what it asked.
+    pub(super) fn answer(&mut self, question: u64, yes: bool) {
+        let message = Message::new(Kind::ForkAnswer).with_id(question);
+        send(&mut self.line, message.with_arg(0, u64::from(!yes)));
     }
 }
 

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 
 use super::family::push_run;
 use super::outbox::Outbox;
+use super::server::send;
 use super::uffd::Uffd;
 use crate::broker::protocol::{Kind, MAX_RUNS, Message, SharedRun};
 
@@ -69,28 +70,31 @@ impl Member {
         self.told = 0;
     }
 
+    /// Has nobody wait in `runs` any more, of which it has copies. `false`: it
+    /// has too many mappings for that; some will have become one.
+    pub(super) fn makes_ordinary(&self, runs: &[SharedRun]) -> bool {
+        let ordinary = |run: &SharedRun| self.uffd.release(run.addr, run.len) != Err(Errno::NOMEM);
+        runs.iter().all(ordinary)
+    }
+
     /// Makes ordinary memory of what it has copies of, and tells it.
     pub(super) fn tell(&mut self) {
-        let Some(line) = &mut self.line else {
+        if self.line.is_none() {
             return;
-        };
+        }
         while self.told < self.filled.len() {
             let end = self.filled.len().min(self.told + MAX_RUNS);
             let runs = &self.filled[self.told..end];
-            let ordinary =
-                |run: &SharedRun| self.uffd.release(run.addr, run.len) != Err(Errno::NOMEM);
-            if !runs.iter().all(ordinary) {
-                // It has too many mappings; some will have become one.
+            if !self.makes_ordinary(runs) {
                 return;
             }
-            let message = Message::new(Kind::ForkFilled).with_runs(runs);
-            if line.send(message).is_err() {
-                self.line = None;
-                return;
-            }
+            send(
+                &mut self.line,
+                Message::new(Kind::ForkFilled).with_runs(runs),
+            );
             self.told = end;
         }
-        if line.flush().is_err() {
+        if self.line.as_mut().is_some_and(|line| line.flush().is_err()) {
             self.line = None;
         }
     }

@@ -25,6 +25,8 @@ mod line;
 mod member;
 mod outbox;
 mod server;
+#[cfg(test)]
+mod tests;
 mod uffd;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -271,19 +273,27 @@ impl Broker {
         let ranges = message.ranges();
         match message.kind() {
             Some(Kind::ForkShare) => {
+                let before = self.table.held(client).0;
                 let ours = self.table.hand_over(client, family, ranges.as_slice());
                 if ours {
-                    let bytes: u64 = ranges.as_slice().iter().map(|range| range.len).sum();
+                    // Doing it twice does no harm, and what the device has
+                    // taken was no lease any more.
+                    let bytes = before - self.table.held(client).0;
                     self.counters.forked_bytes += bytes;
                     if let Some(client) = self.clients.get_mut(&client) {
                         client.leased = client.leased.saturating_sub(bytes);
                     }
-                    self.recall_shared(family, ranges.as_slice());
                 }
                 let answer = Message::new(Kind::ForkAnswer)
                     .with_id(message.id())
                     .with_arg(0, u64::from(!ours));
                 self.order(client, answer);
+                if ours {
+                    self.recall_shared(family, ranges.as_slice());
+                    // The client was told, and could do nothing any more.
+                    let lost = self.table.lost_within(family, ranges.as_slice());
+                    self.lose_originals(family, &lost);
+                }
             }
             Some(Kind::ForkTake) => {
                 let given = self.give_back_originals(client, ranges.as_slice());
@@ -322,6 +332,10 @@ impl Broker {
     /// Makes originals a client's own leases again, unless they are asked back:
     /// their family is at it then.
     fn give_back_originals(&mut self, client: ClientId, ranges: &[WindowRange]) -> bool {
+        // A broker that died has done it, and could not say so.
+        if self.clients.contains_key(&client) && self.table.is_leased_to(client, ranges) {
+            return true;
+        }
         let lost = !self.table.held(client.family()).1.is_empty();
         let wanted = self.recalls.active.is_some() || !self.table.marked_within(ranges).is_empty();
         let wanted = wanted || lost;

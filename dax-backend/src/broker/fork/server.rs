@@ -4,7 +4,7 @@
 //! a device, and none can hold up more than its own.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -50,9 +50,13 @@ pub(super) struct Server {
     pub(super) members: BTreeMap<MemberId, Member>,
     /// Faults to serve, in order.
     pub(super) waits: Vec<(MemberId, u64)>,
+    /// What the broker says of originals that the books don't have yet.
+    early: VecDeque<Message>,
     /// What the broker is about to ask for.
     asked: Vec<WindowRange>,
     evictions: Vec<Eviction>,
+    /// Originals that the device has taken and somebody is still to be told of.
+    lost: BTreeSet<u64>,
     pub(super) fork: Option<Fork>,
     pub(super) taking: Option<Taking>,
     /// Messages to the broker that it answers.
@@ -74,8 +78,10 @@ impl Server {
             family: Family::new(),
             members: BTreeMap::new(),
             waits: Vec::new(),
+            early: VecDeque::new(),
             asked: Vec::new(),
             evictions: Vec::new(),
+            lost: BTreeSet::new(),
             fork: None,
             taking: None,
             said: 0,
@@ -83,7 +89,7 @@ impl Server {
             free: Vec::new(),
         };
         server.join(MemberId::ROOT, root, Vec::new());
-        server.answer(true);
+        server.answer(0, true);
         Ok(server)
     }
 
@@ -93,18 +99,24 @@ impl Server {
             let Ok(ready) = self.wait() else {
                 break;
             };
-            self.obey();
-            self.listen();
-            for id in ready {
-                self.hear(id);
-            }
-            self.serve();
-            self.evict();
-            self.tell();
-            self.bury_dead();
+            self.turn(&ready);
         }
         self.tell();
         self.say(Message::new(Kind::ForkEnded));
+    }
+
+    /// Does what there is to do; `ready` are members that did something.
+    pub(super) fn turn(&mut self, ready: &[MemberId]) {
+        self.obey();
+        self.listen();
+        for id in ready {
+            self.hear(*id);
+        }
+        self.poison_lost();
+        self.serve();
+        self.evict();
+        self.tell();
+        self.bury_dead();
     }
 
     /// Waits for something to do; the members that did something.
@@ -120,7 +132,8 @@ impl Server {
         let first = fds.len();
         let members = self.members.values();
         fds.extend(members.map(|m| PollFd::from_borrowed_fd(m.uffd.as_fd(), PollFlags::IN)));
-        let timeout = if self.waits.is_empty() && self.evictions.is_empty() {
+        let idle = self.waits.is_empty() && self.evictions.is_empty() && self.lost.is_empty();
+        let timeout = if idle {
             let needy = self.members.iter().filter(|(id, _)| self.is_probed(**id));
             let next = needy.map(|(_, member)| member.probe).min();
             next.map(|at| at.saturating_duration_since(Instant::now()))
@@ -164,8 +177,12 @@ impl Server {
 
     /// What the broker wants.
     fn obey(&mut self) {
-        while let Some((message, fds)) = next(&mut self.desk) {
+        while let Some((message, fds)) = self.next_order() {
             match message.kind() {
+                // The broker books what it is asked for before it answers.
+                Some(Kind::ForkEvict | Kind::ForkLost) if self.is_unanswered() => {
+                    self.early.push_back(message);
+                }
                 Some(Kind::ForkJoin) => {
                     if let [Some(line), ..] = fds.0 {
                         self.attach(message.arg(0), line);
@@ -182,6 +199,14 @@ impl Server {
                 _ => {}
             }
         }
+    }
+
+    fn next_order(&mut self) -> Option<(Message, Descriptors)> {
+        match self.is_unanswered() {
+            false => self.early.pop_front().map(|m| (m, Descriptors::default())),
+            true => None,
+        }
+        .or_else(|| next(&mut self.desk))
     }
 
     fn begin_eviction(&mut self, id: u64) {
@@ -201,21 +226,36 @@ impl Server {
         !(self.asked.is_empty() && self.evictions.is_empty())
     }
 
-    /// The device has taken originals: whoever needs one gets SIGBUS, as from
-    /// an extent of its own. The root's books go on as if it had not looked.
+    /// The device has taken originals.
     fn lose(&mut self, ranges: &[WindowRange]) {
         let granules = ranges
             .iter()
             .flat_map(|range| (range.offset..range.end()).step_by(GRANULE as usize));
-        for original in granules {
-            for (id, place) in self.family.holders(original) {
-                if let Some(member) = self.members.get(&id) {
-                    let _ = member.uffd.poison(place);
+        let needed = granules.filter(|original| self.family.is_needed(*original));
+        self.lost.extend(needed);
+        self.poison_lost();
+    }
+
+    /// Whoever needs a lost original gets SIGBUS, as from an extent of its own.
+    /// The root's books go on as if it had not looked.
+    fn poison_lost(&mut self) {
+        let mut lost = std::mem::take(&mut self.lost);
+        lost.retain(|original| {
+            let mut left = false;
+            for (id, place) in self.family.holders(*original) {
+                let member = self.members.get(&id);
+                let done = member.map_or(Filled::Gone, |member| member.uffd.poison(place));
+                if done == Filled::Later {
+                    left = true;
+                } else {
+                    self.forget_waits(id, place);
+                    let free = self.family.filled(id, place);
+                    self.now_free(free);
                 }
-                let free = self.family.filled(id, place);
-                self.now_free(free);
             }
-        }
+            left
+        });
+        self.lost = lost;
     }
 
     /// Whether the root is about to fork, or changes its mappings.
@@ -251,11 +291,37 @@ impl Server {
 
     fn serve(&mut self) {
         let waits = std::mem::take(&mut self.waits);
+        let mut ended = BTreeSet::new();
         for (id, addr) in waits {
-            if self.fill(id, addr) == Filled::Later {
-                self.waits.push((id, addr));
+            let granule = (id, addr - addr % GRANULE);
+            // All who waited there were woken, and are heard of again if they
+            // must. What is put there later might be in somebody's way.
+            if ended.contains(&granule) {
+                continue;
+            }
+            match self.fill(id, addr) {
+                Filled::Later => self.waits.push((id, addr)),
+                _ => drop(ended.insert(granule)),
             }
         }
+    }
+
+    /// Ends the root's waits for what is no original. It may have put its
+    /// extents back there since, and be about to move them: a page put there
+    /// now would end waits for that with zeroes. Who still waits for this
+    /// server is heard of again.
+    pub(super) fn have_root_retry(&mut self) {
+        let Some(root) = self.members.get(&MemberId::ROOT) else {
+            return;
+        };
+        self.waits.retain(|(id, addr)| {
+            let place = addr - addr % GRANULE;
+            let stays = *id != MemberId::ROOT || self.family.original(*id, place).is_some();
+            if !stays {
+                root.uffd.wake(place);
+            }
+            stays
+        });
     }
 
     /// Ends the wait of a member for the page at `addr`.
@@ -281,14 +347,18 @@ impl Server {
                 member.uffd.zero(addr)
             };
         };
-        if id == MemberId::ROOT && self.is_taken(place) {
+        let is_taken = id == MemberId::ROOT && self.is_taken(place);
+        if is_taken || self.lost.contains(&original) {
             return Filled::Later;
         }
         let result = member.uffd.fill(place, self.mapping.address(original));
         match result {
             Filled::Later => return result,
             Filled::Gone => self.bury(id),
-            Filled::Unreadable => drop(member.uffd.poison(place)),
+            Filled::Unreadable if member.uffd.poison(place) == Filled::Later => {
+                return Filled::Later;
+            }
+            Filled::Unreadable => {}
             Filled::Done => {}
         }
         if result != Filled::Gone {
@@ -310,7 +380,10 @@ impl Server {
                 let holders = self.family.holders(*original);
                 let mut left = false;
                 for (id, place) in holders {
-                    left |= self.fill(id, place) == Filled::Later;
+                    match self.fill(id, place) {
+                        Filled::Later => left = true,
+                        _ => self.forget_waits(id, place),
+                    }
                 }
                 left
             });
@@ -322,6 +395,13 @@ impl Server {
                 self.evictions.push(eviction);
             }
         }
+    }
+
+    /// Who waited for a granule was woken.
+    fn forget_waits(&mut self, member: MemberId, place: u64) {
+        let granule = place..place + GRANULE;
+        self.waits
+            .retain(|(id, addr)| *id != member || !granule.contains(addr));
     }
 
     fn bury_dead(&mut self) {
@@ -379,12 +459,23 @@ impl Server {
             self.say(Message::new(Kind::ForkFree).with_ranges(chunk));
         }
         if self.fork.is_none() {
-            for chunk in std::mem::take(&mut self.filled).chunks(MAX_RUNS) {
-                let message = Message::new(Kind::ForkFilled).with_runs(chunk);
-                send(&mut self.line, message);
-            }
+            self.tell_root();
         }
         self.members.values_mut().for_each(Member::tell);
+    }
+
+    /// Makes ordinary memory of what the root has copies of, and tells it.
+    fn tell_root(&mut self) {
+        let filled = std::mem::take(&mut self.filled);
+        for (index, chunk) in filled.chunks(MAX_RUNS).enumerate() {
+            let root = self.members.get(&MemberId::ROOT);
+            if root.is_some_and(|root| !root.makes_ordinary(chunk)) {
+                self.filled = filled[index * MAX_RUNS..].to_vec();
+                return;
+            }
+            let message = Message::new(Kind::ForkFilled).with_runs(chunk);
+            send(&mut self.line, message);
+        }
     }
 }
 

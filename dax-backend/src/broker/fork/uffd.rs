@@ -20,11 +20,14 @@ const IOC_ZEROPAGE: Opcode = opcode::read_write::<Fill>(0xAA, 0x04);
 const IOC_POISON: Opcode = opcode::read_write::<Fill>(0xAA, 0x08);
 const FEATURE_EVENT_FORK: u64 = 1 << 1;
 const FEATURE_EVENT_REMAP: u64 = 1 << 2;
+const FEATURE_POISON: u64 = 1 << 14;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_FORK: u8 = 0x13;
 pub(super) const PAGE: u64 = 4096;
 /// No kernel lets a program map less, few programs map this.
 const NOWHERE: u64 = 64 << 10;
+/// No processor has addresses of fewer bits.
+const ADDRESS_BITS: u32 = 32;
 
 /// `struct uffdio_copy`.
 #[repr(C)]
@@ -89,6 +92,8 @@ impl Uffd {
     ///
     /// # Errors
     /// `EINVAL`: it is none, or not new. `EPERM`: this process may not either.
+    /// `EOPNOTSUPP`: this kernel can't raise SIGBUS for what is lost
+    /// (`UFFDIO_POISON`, Linux 6.6), and it would read as zeroes.
     pub(super) fn set_up(fd: BorrowedFd<'_>) -> Result<(), Errno> {
         let link = read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
         if link.is_ok_and(|to| to.as_os_str() != "anon_inode:[userfaultfd]") {
@@ -96,7 +101,8 @@ impl Uffd {
         }
         let mut api = [API, FEATURE_EVENT_FORK | FEATURE_EVENT_REMAP, 0];
         // SAFETY: UFFDIO_API reads and writes a `struct uffdio_api`, three words.
-        unsafe { ioctl(fd, Updater::<IOC_API, _>::new(&mut api)) }
+        unsafe { ioctl(fd, Updater::<IOC_API, _>::new(&mut api)) }?;
+        is_enough(api[1])
     }
 
     /// One that is set up.
@@ -130,28 +136,45 @@ impl Uffd {
     /// Copies the granule at `original` (an address of this process) to
     /// `place`, but for pages that are there already, and wakes who waits.
     pub(super) fn fill(&self, place: u64, original: u64) -> Filled {
-        let mut done = 0;
-        while done < GRANULE {
+        self.each_part(place, |done, len| {
             let mut copy = Copy {
                 dst: place + done,
                 src: original + done,
-                len: GRANULE - done,
+                len,
                 mode: 0,
                 copy: 0,
             };
             // SAFETY: UFFDIO_COPY reads and writes a `struct uffdio_copy`; what
             // it writes to is another process's memory.
             let result = unsafe { ioctl(&self.0, Updater::<IOC_COPY, _>::new(&mut copy)) };
-            match result {
-                Ok(()) => break,
-                // A part was copied: the reason shows at the next attempt.
-                Err(_) if copy.copy > 0 => done += copy.copy as u64,
-                Err(Errno::EXIST) => done += PAGE,
+            (result, copy.copy)
+        })
+    }
+
+    /// Calls `part` for the pages of the granule at `place`, with a distance
+    /// from its start and a length, until each is done or needs nothing; wakes
+    /// who waits. `part` says with an error how much it has done all the same.
+    fn each_part(
+        &self,
+        place: u64,
+        mut part: impl FnMut(u64, u64) -> (Result<(), Errno>, i64),
+    ) -> Filled {
+        let (mut done, mut most) = (0, GRANULE);
+        while done < GRANULE {
+            let len = most.min(GRANULE - done);
+            match part(done, len) {
+                (Ok(()), _) => done += len,
+                // The reason shows at the next attempt.
+                (Err(_), some) if some > 0 => done += some as u64,
+                (Err(Errno::EXIST), _) => done += PAGE,
+                // The kernel takes what lies in one mapping. The member may
+                // have made several of a granule (mlock, mprotect, madvise).
+                (Err(Errno::NOENT | Errno::INVAL), _) if len > PAGE => most = PAGE,
                 // Nothing of ours is there any more.
-                Err(Errno::NOENT | Errno::INVAL) => break,
-                Err(Errno::SRCH) => return Filled::Gone,
-                Err(Errno::FAULT) => return Filled::Unreadable,
-                Err(_) => return Filled::Later,
+                (Err(Errno::NOENT | Errno::INVAL), _) => done += PAGE,
+                (Err(Errno::SRCH), _) => return Filled::Gone,
+                (Err(Errno::FAULT), _) => return Filled::Unreadable,
+                (Err(_), _) => return Filled::Later,
             }
         }
         self.wake(place);
@@ -213,31 +236,38 @@ impl Uffd {
     /// Makes what is missing of a granule raise SIGBUS, as the memory itself
     /// would have.
     pub(super) fn poison(&self, place: u64) -> Filled {
-        let mut done = 0;
-        while done < GRANULE {
+        self.each_part(place, |done, len| {
             let mut fill = Fill {
                 start: place + done,
-                len: GRANULE - done,
+                len,
                 mode: 0,
                 done: 0,
             };
             // SAFETY: UFFDIO_POISON reads and writes a `struct uffdio_poison`.
             let result = unsafe { ioctl(&self.0, Updater::<IOC_POISON, _>::new(&mut fill)) };
-            match result {
-                Err(_) if fill.done > 0 => done += fill.done as u64,
-                Err(Errno::EXIST) => done += PAGE,
-                Err(Errno::AGAIN) => return Filled::Later,
-                Err(Errno::SRCH) => return Filled::Gone,
-                _ => break,
-            }
-        }
-        self.wake(place);
-        Filled::Done
+            (result, fill.done)
+        })
     }
 
-    fn wake(&self, place: u64) {
+    /// Has who waits for a granule try again.
+    pub(super) fn wake(&self, place: u64) {
+        let _ = self.wake_range(place, GRANULE);
+    }
+
+    /// Has everybody try again: whoever still waits then is heard of anew.
+    pub(super) fn wake_all(&self) {
+        // The kernel refuses what goes beyond the end of a process's memory,
+        // and that depends on the processor.
+        for bits in (ADDRESS_BITS..u64::BITS).rev() {
+            if self.wake_range(NOWHERE, (1 << bits) - PAGE - NOWHERE) == Ok(()) {
+                return;
+            }
+        }
+    }
+
+    fn wake_range(&self, start: u64, len: u64) -> Result<(), Errno> {
         // SAFETY: UFFDIO_WAKE reads a `struct uffdio_range`, two words.
-        let _ = unsafe { ioctl(&self.0, Setter::<IOC_WAKE, _>::new([place, GRANULE])) };
+        unsafe { ioctl(&self.0, Setter::<IOC_WAKE, _>::new([start, len])) }
     }
 
     /// Whether the member's memory is gone: it has ended, or called exec.
@@ -266,6 +296,15 @@ impl Uffd {
     }
 }
 
+/// Whether a kernel with these features (what `UFFDIO_API` says) can do all
+/// that forks may come to need.
+fn is_enough(features: u64) -> Result<(), Errno> {
+    match features & FEATURE_POISON {
+        0 => Err(Errno::OPNOTSUPP),
+        _ => Ok(()),
+    }
+}
+
 impl AsFd for Uffd {
     /// Readable when the member did something.
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -274,8 +313,118 @@ impl AsFd for Uffd {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use core::ffi::c_void;
+    use rustix::mm::{
+        MapFlags, MprotectFlags, ProtFlags, UserfaultfdFlags, mmap_anonymous, mprotect, munmap,
+    };
+
+    const IOC_REGISTER: Opcode = opcode::read_write::<[u64; 4]>(0xAA, 0x00);
+    const MODE_MISSING: u64 = 1;
+    /// `UFFD_USER_MODE_ONLY`: needs no right.
+    const USER_MODE_ONLY: u32 = 1;
+
+    /// A userfaultfd of this process, and a granule that it serves.
+    pub(in super::super) fn served() -> (Uffd, u64) {
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
+        // SAFETY: it serves only what this test maps.
+        let fd = unsafe { rustix::mm::userfaultfd(flags) }.unwrap();
+        let mut api = [API, 0, 0];
+        // SAFETY: as in `set_up`.
+        unsafe { ioctl(&fd, Updater::<IOC_API, _>::new(&mut api)) }.unwrap();
+        let (uffd, place) = (Uffd::new(fd).unwrap(), mapped());
+        register(&uffd, place).unwrap();
+        (uffd, place)
+    }
+
+    /// `EBUSY`: it is another one's.
+    pub(in super::super) fn register(uffd: &Uffd, place: u64) -> Result<(), Errno> {
+        let mut register = [place, GRANULE, MODE_MISSING, 0];
+        // SAFETY: UFFDIO_REGISTER reads and writes four words.
+        unsafe { ioctl(&uffd.0, Updater::<IOC_REGISTER, _>::new(&mut register)) }
+    }
+
+    /// A granule of ordinary memory.
+    fn mapped() -> u64 {
+        let (access, len) = (ProtFlags::READ | ProtFlags::WRITE, 2 * GRANULE as usize);
+        let to = std::ptr::null_mut();
+        // SAFETY: a new mapping.
+        let at = unsafe { mmap_anonymous(to, len, access, MapFlags::PRIVATE) }.unwrap();
+        (at as u64).next_multiple_of(GRANULE)
+    }
+
+    /// Whether a page is there.
+    pub(in super::super) fn is_present(at: u64) -> bool {
+        let mut page = 0u8;
+        // SAFETY: mincore writes a byte for one page.
+        let done = unsafe { libc::mincore(at as *mut c_void, PAGE as usize, &raw mut page) };
+        assert_eq!(done, 0);
+        page & 1 == 1
+    }
+
+    /// What a program reads there; it may wait for it.
+    pub(in super::super) fn words_at(at: u64) -> [u64; 2] {
+        // SAFETY: memory that a test has mapped, and does not unmap.
+        unsafe { (at as *const [u64; 2]).read_volatile() }
+    }
+
+    /// Makes several mappings of a granule: page 5 may not be written, page 9
+    /// is not there any more.
+    fn split(place: u64) {
+        let page = |n: u64| (place + n * PAGE) as *mut c_void;
+        // SAFETY: a mapping of the test's.
+        unsafe { mprotect(page(5), PAGE as usize, MprotectFlags::READ) }.unwrap();
+        // SAFETY: as above.
+        unsafe { munmap(page(9), PAGE as usize) }.unwrap();
+    }
+
+    #[test]
+    fn a_granule_of_several_mappings_is_filled_in_each() {
+        let ((uffd, place), original) = (served(), mapped());
+        for page in 0..GRANULE / PAGE {
+            // SAFETY: memory of the test's.
+            unsafe { ((original + page * PAGE) as *mut u64).write(page + 1) };
+        }
+        split(place);
+        assert_eq!(uffd.fill(place, original), Filled::Done);
+        // Whatever is not there would be waited for.
+        let missing: Vec<u64> = (0..GRANULE / PAGE)
+            .filter(|page| *page != 9)
+            .filter(|page| !is_present(place + page * PAGE))
+            .collect();
+        assert_eq!(missing, [0u64; 0]);
+        for page in (0..GRANULE / PAGE).filter(|page| *page != 9) {
+            // SAFETY: as above.
+            let word = unsafe { ((place + page * PAGE) as *const u64).read() };
+            assert_eq!(word, page + 1);
+        }
+    }
+
+    #[test]
+    fn a_granule_of_several_mappings_is_poisoned_in_each() {
+        let (uffd, place) = served();
+        split(place);
+        assert_eq!(uffd.poison(place), Filled::Done);
+        for page in (0..GRANULE / PAGE).filter(|page| *page != 9) {
+            let mut fill = Fill {
+                start: place + page * PAGE,
+                len: PAGE,
+                mode: 0,
+                done: 0,
+            };
+            // SAFETY: as in `zero`.
+            let zeroed = unsafe { ioctl(&uffd.0, Updater::<IOC_ZEROPAGE, _>::new(&mut fill)) };
+            assert_eq!(zeroed, Err(Errno::EXIST), "page {page}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_can_not_raise_sigbus_serves_no_forks() {
+        // Linux 6.5 has all features up to UFFD_FEATURE_WP_UNPOPULATED (1 << 13).
+        assert_eq!(is_enough((1 << 14) - 1), Err(Errno::OPNOTSUPP));
+        assert_eq!(is_enough((1 << 15) - 1), Ok(()));
+    }
 
     #[test]
     fn another_descriptor_is_refused() {

@@ -1,0 +1,138 @@
+//! Forks that share extents, as far as the broker's books go.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use dax_backend::broker::admin::{AdminReply, AdminRequest, ReleaseTarget};
+use dax_backend::broker::client::ForkLine;
+use dax_backend::broker::protocol::SharedRun;
+use dax_backend::broker::protocol::{Kind, MESSAGE_SIZE, Message};
+use dax_backend::broker::{ForkFamily, GRANULE, Store, StoreSocket, WindowRange};
+use rustix::mm::UserfaultfdFlags;
+
+use crate::rig::{Client, Rig, Setup};
+
+/// Where a program has its heap; nothing is there in this one.
+const HEAP: u64 = 64 * GRANULE;
+
+fn userfaultfd() -> OwnedFd {
+    // SAFETY: it serves nothing.
+    unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC) }.unwrap()
+}
+
+/// A client whose forks are served; `None`: the broker has no right to.
+fn served(client: &Client) -> Option<ForkLine> {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIPPED: only with CAP_SYS_PTRACE forks are served");
+        return None;
+    }
+    let line = client.broker.serve_forks(userfaultfd().as_fd(), 0);
+    Some(line.unwrap())
+}
+
+/// The client shares the first granules of the window.
+fn share(line: &ForkLine, granules: u64) {
+    line.begin(&mut |_| ()).unwrap();
+    let run = SharedRun {
+        addr: HEAP,
+        offset: 0,
+        len: granules * GRANULE,
+    };
+    line.share(&|from| (from <= HEAP).then_some(run)).unwrap();
+}
+
+#[test]
+fn a_family_hears_of_what_was_taken_before_it_had_it() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    client.lease(8);
+    let Some(line) = served(&client) else {
+        return;
+    };
+    let forced = AdminRequest::Release {
+        target: ReleaseTarget::Range(rig.range(0, 1)),
+        deadline_ms: 0,
+        force: true,
+        past_deadline: false,
+        progress: false,
+    };
+    assert!(matches!(rig.ask(&forced), Ok(AdminReply::Receipt(_))));
+    assert!(client.next_recall().3, "it is lost");
+    share(&line, 4);
+    line.end().unwrap();
+    let status = rig.status();
+    // What is lost was no lease any more when it was shared.
+    assert_eq!(status.clients[0].leased, 4 * GRANULE);
+    assert_eq!(status.counters.forked_bytes, 3 * GRANULE);
+    // Nobody has it once all who needed it get SIGBUS.
+    rig.until(Duration::from_secs(20), |status| status.capacity.lost == 0);
+    assert_eq!(rig.status().capacity.forked, 3 * GRANULE);
+}
+
+/// The desk and the line of a fork server that the test is.
+static SERVER: Mutex<Option<[OwnedFd; 2]>> = Mutex::new(None);
+
+fn take_over(family: ForkFamily) -> io::Result<()> {
+    let (ours, theirs) = StoreSocket::pair()?;
+    family.send(&ours)?;
+    let mut store = Store::receive(theirs)?;
+    let [desk, line] = ["desk", "line"].map(|name| store.take(name).unwrap());
+    let mut server = SERVER.lock().unwrap();
+    say(&line, Message::new(Kind::ForkAnswer));
+    *server = Some([desk, line]);
+    Ok(())
+}
+
+fn say(to: &OwnedFd, message: Message) {
+    rustix::io::write(to, message.bytes()).unwrap();
+}
+
+/// Asks the broker; whether it says yes.
+fn says_yes(desk: &OwnedFd, kind: Kind, granules: u64) -> bool {
+    let range = WindowRange {
+        offset: 0,
+        len: granules * GRANULE,
+    };
+    say(desk, Message::new(kind).with_ranges(&[range]));
+    loop {
+        let mut answer = [0; MESSAGE_SIZE];
+        assert_eq!(rustix::io::read(desk, &mut answer), Ok(MESSAGE_SIZE));
+        let answer = Message::parse(&answer).unwrap();
+        // What it wants itself may come first.
+        if answer.kind() == Some(Kind::ForkAnswer) {
+            return answer.arg(0) == 0;
+        }
+    }
+}
+
+/// A broker dies between the two: the next one reads the message again.
+#[test]
+fn what_a_broker_has_given_back_the_next_one_does_not_refuse() {
+    let rig = Rig::with(Setup {
+        offer: &[8],
+        serve_family: take_over,
+        ..Setup::default()
+    });
+    let client = rig.client();
+    client.lease(8);
+    let Some(_line) = served(&client) else {
+        return;
+    };
+    let server = SERVER.lock().unwrap().take();
+    let [desk, _line_end] = server.unwrap();
+    assert!(says_yes(&desk, Kind::ForkShare, 4));
+    assert!(says_yes(&desk, Kind::ForkTake, 2));
+    let leased = || rig.status().clients[0].leased;
+    assert_eq!(leased(), 6 * GRANULE);
+    std::thread::scope(|scope| {
+        let (held, whole) = (&rig, ReleaseTarget::Range(rig.range(0, 8)));
+        let recall = scope.spawn(move || held.release(whole, 2000));
+        client.next_recall();
+        assert!(says_yes(&desk, Kind::ForkTake, 2), "it is the client's");
+        assert!(!says_yes(&desk, Kind::ForkTake, 4), "it is wanted back");
+        recall.join().unwrap();
+    });
+    assert_eq!(leased(), 6 * GRANULE);
+}
