@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::engine::{self, ArenaIndex, Hooks, MAX_REQUEST, Supply};
 use crate::fork;
 use crate::headroom::headroom;
+use crate::over_time::OverTime;
 use crate::placement::{OnExhausted, Placement};
 use crate::service::Service;
 use crate::shared;
@@ -92,6 +93,7 @@ pub struct Heap {
     forks: Lock<()>,
     /// Live granules that forks left out.
     unforked: AtomicU64,
+    over_time: OverTime,
     reconnect: OnceLock<Reconnect>,
     unknown_settings: AtomicU32,
 }
@@ -123,6 +125,7 @@ impl Heap {
             user_moves: AtomicBool::new(false),
             forks: Lock::new(()),
             unforked: AtomicU64::new(0),
+            over_time: OverTime::new(),
             reconnect: OnceLock::new(),
             unknown_settings: AtomicU32::new(0),
         }
@@ -149,6 +152,7 @@ impl Heap {
         let direct = threshold.min(CAREFUL_FROM);
         self.direct_below.store(direct, Ordering::Release);
         fork::register_early(self);
+        self.over_time.begin();
         true
     }
 
@@ -486,9 +490,12 @@ impl Heap {
     pub fn stats(&self) -> Stats {
         let engine = engine::statistics();
         let usage = self.space.usage();
+        let (live_over_time, extents_over_time) = self.over_time.sums();
         let mut stats = Stats {
             usage,
             outside: engine::early_bytes(),
+            live_over_time,
+            extents_over_time,
             allocated: engine.allocated,
             metadata: engine.metadata,
             arenas: (engine::automatic().count()
@@ -515,6 +522,12 @@ impl Heap {
         };
         self.service.count(&mut stats);
         stats
+    }
+
+    /// Counts what is held now for the time since it was last counted.
+    pub(crate) fn sample(&self) {
+        self.over_time
+            .sample(&self.space.usage(), engine::early_bytes());
     }
 
     /// Says for the last time what the heap holds: the process ends.
@@ -634,6 +647,7 @@ impl Heap {
         self.space.set_dram_when_exhausted(true);
         self.space.disown_extents(line);
         self.space.set_extents_closed(false);
+        self.over_time.begin();
         for demand in &self.supply.demand {
             demand.store(0, Ordering::Relaxed);
         }

@@ -23,6 +23,7 @@ mod global;
 mod headroom;
 pub mod heap;
 mod outcome;
+mod over_time;
 mod pin;
 pub mod placement;
 mod service;

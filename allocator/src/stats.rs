@@ -14,6 +14,12 @@ pub struct Stats {
     /// In pages outside the space that hold something handed out: what was
     /// allocated before the heap started, in DRAM.
     pub outside: u64,
+    /// What was in use over the heap's life, `outside` included: a sum of KiB
+    /// times milliseconds, counted every 50 ms, in a forked child since the
+    /// fork. Only shares and differences of it mean anything.
+    pub live_over_time: u64,
+    /// The part of `live_over_time` that lay on extents.
+    pub extents_over_time: u64,
     /// Handed out to the program.
     pub allocated: u64,
     /// The engine's own structures, in DRAM.

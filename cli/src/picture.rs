@@ -180,6 +180,9 @@ pub(crate) fn run(report: &RunReport) -> String {
                 share * 100.0,
                 Bytes(total.heap_live_peak)
             );
+            if let Some(share) = total.share_over_time() {
+                line!(out, "  {:.1} % over time", share * 100.0);
+            }
         }
         None => {
             line!(out, "  nothing was allocated");

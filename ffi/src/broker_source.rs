@@ -461,6 +461,8 @@ impl ExtentSource for BrokerSource {
             (&page.heap_live_peak_total, usage.live_peak + stats.outside),
             (&page.extent_share_at_peak, stats.extent_share_at_peak()),
             (&page.stall_ns, stats.stalls.total),
+            (&page.live_over_time, stats.live_over_time),
+            (&page.extents_over_time, stats.extents_over_time),
         ] {
             counter.store(value, Ordering::Relaxed);
         }

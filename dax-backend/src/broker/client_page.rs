@@ -161,6 +161,10 @@ client_page! {
     lost_granules,
     /// Granules that are pinned now.
     pinned_granules,
+    /// What was in use over the life of the heap: a sum of KiB times ms.
+    live_over_time,
+    /// The part of that on extents.
+    extents_over_time,
 }
 
 /// Where in the page the client's key is, 16 bytes: it proves to a broker that

@@ -22,7 +22,7 @@ pub const GRANULE: u64 = 2 << 20;
 /// First four bytes of every message: `DCM1`, read as little-endian.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"DCM1");
 /// Version of this protocol; both ends must agree.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Ranges that fit into one message.
 pub const MAX_RANGES: usize = 28;
 /// Runs of shared granules that fit into one message: two ranges each.

@@ -235,6 +235,12 @@ pub struct RunTotal {
     pub heap_live_peak: u64,
     /// Of `heap_live_peak`: on extents, in bytes.
     pub heap_live_peak_on_extents: u64,
+    /// What was in use over the lives of the processes: a sum of KiB times ms.
+    #[serde(default)]
+    pub heap_over_time: u64,
+    /// The part of `heap_over_time` that lay on extents.
+    #[serde(default)]
+    pub heap_over_time_on_extents: u64,
     /// Lease requests.
     pub leases: u64,
     /// Recalls sent.
@@ -300,6 +306,8 @@ impl RunTotal {
         let share = u128::from(stats.extent_share_at_peak.min(10_000));
         let on_extents = u128::from(stats.heap_live_peak_total) * share / 10_000;
         add(&mut self.heap_live_peak_on_extents, on_extents as u64);
+        add(&mut self.heap_over_time, stats.live_over_time);
+        add(&mut self.heap_over_time_on_extents, stats.extents_over_time);
         add(&mut self.leases, process.leases);
         add(&mut self.recalls, process.recalls);
         add(&mut self.recall_bytes_returned, stats.recall_bytes_returned);
@@ -322,6 +330,13 @@ impl RunTotal {
     pub fn share_on_extents(&self) -> Option<f64> {
         (self.heap_live_peak > 0)
             .then(|| self.heap_live_peak_on_extents as f64 / self.heap_live_peak as f64)
+    }
+
+    /// Share of what was in use over the lives of the processes that lay on
+    /// extents, 0.0 to 1.0; `None` before there is anything to say.
+    pub fn share_over_time(&self) -> Option<f64> {
+        (self.heap_over_time > 0)
+            .then(|| self.heap_over_time_on_extents as f64 / self.heap_over_time as f64)
     }
 }
 

@@ -45,7 +45,9 @@ pub(crate) struct Session {
 pub(crate) struct Account {
     /// Of all processes at the peaks of their heaps: bytes live, and the part of them on extents.
     pub(crate) live_peak: u64,
-    pub(crate) on_extents: u64,
+    pub(crate) live_peak_on_extents: u64,
+    /// Of all that was in use over the lives of all processes, the part on extents, 0 to 1.
+    pub(crate) share: f64,
     pub(crate) processes: u64,
     pub(crate) evacuated: u64,
     /// Bits that say what did not work.
@@ -139,7 +141,9 @@ impl Session {
         let number = |pointer| broker::number(&status, pointer);
         Ok(Some(Account {
             live_peak: number("/total/heap_live_peak")?,
-            on_extents: number("/total/heap_live_peak_on_extents")?,
+            live_peak_on_extents: number("/total/heap_live_peak_on_extents")?,
+            share: number("/total/heap_over_time_on_extents")? as f64
+                / number("/total/heap_over_time")?.max(1) as f64,
             processes: number("/counters/clients")?,
             evacuated: number("/total/evacuated_granules")?,
             degraded: number("/total/degraded_flags")?,
