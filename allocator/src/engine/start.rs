@@ -8,14 +8,20 @@
 //! extent. `tcache_gc_incr_bytes`: the upkeep of thread caches every 256 KiB
 //! instead of 64, which is 5 % of a pair of 768 bytes. `narenas`: two per
 //! processor.
+//!
+//! `lg_extent_max_active_fit:0`: a freed run is not cut for a shorter one
+//! before it has been purged. The engine takes any run that is long enough,
+//! where the hooks take the tightest; cut so, soon none is left for 7 pages.
+//! Two threads that hand 22 MiB of small objects to each other hold 12
+//! granules, and 15 or 16 without.
 
 use core::cell::UnsafeCell;
 use core::ffi::c_char;
 
 use super::MAX_ARENAS;
 
-const TEXT: &[u8; 101] =
-    b"retain:false,oversize_threshold:0,cache_oblivious:false,tcache_gc_incr_bytes:262144,metadata_thp:auto";
+const TEXT: &[u8; 128] =
+    b"retain:false,oversize_threshold:0,cache_oblivious:false,tcache_gc_incr_bytes:262144,metadata_thp:auto,lg_extent_max_active_fit:0";
 const NARENAS: &[u8; 11] = b",narenas:04";
 
 const LEN: usize = TEXT.len() + NARENAS.len() + 1;

@@ -187,10 +187,9 @@ impl State {
     /// A run inside one granule that is backed already: the tightest place in
     /// the lowest granules that have room. The lowest, so that few granules
     /// are full and the others run empty; the tightest, because where short
-    /// runs are cut from any gap, soon none is left for runs of 7 pages: two
-    /// threads that hand 22 MiB of small objects to each other hold 16
-    /// granules then, and 14 or 15 so. An even gap before an odd one, short
-    /// and long runs from opposite ends, slabs of 1, 4 and 8 pages: no better.
+    /// runs are cut from any gap, soon none is left for runs of 7 pages. An even
+    /// gap before an odd one, short and long runs from opposite ends: no
+    /// better.
     pub(super) fn alloc_within(
         &mut self,
         domain: Domain,
