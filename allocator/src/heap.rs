@@ -94,6 +94,7 @@ pub struct Heap {
     /// Live granules that forks left out.
     unforked: AtomicU64,
     over_time: OverTime,
+    foreign: AtomicU64,
     reconnect: OnceLock<Reconnect>,
     unknown_settings: AtomicU32,
 }
@@ -126,6 +127,7 @@ impl Heap {
             forks: Lock::new(()),
             unforked: AtomicU64::new(0),
             over_time: OverTime::new(),
+            foreign: AtomicU64::new(0),
             reconnect: OnceLock::new(),
             unknown_settings: AtomicU32::new(0),
         }
@@ -508,6 +510,7 @@ impl Heap {
             evacuated: self.evacuated.load(Ordering::Relaxed),
             promoted: self.promoted.load(Ordering::Relaxed),
             unforked: self.unforked.load(Ordering::Relaxed),
+            foreign: self.foreign.load(Ordering::Relaxed),
             restored: self.restored.load(Ordering::Relaxed),
             spill_lost: self.spill_lost.load(Ordering::Relaxed),
             user_moves: self.user_moves.load(Ordering::Relaxed),
@@ -522,6 +525,19 @@ impl Heap {
         };
         self.service.count(&mut stats);
         stats
+    }
+
+    /// Whether a block may be of this heap: it lies where the heap has memory.
+    /// Of a heap that has not started nothing is known, and the answer is yes.
+    #[inline]
+    pub fn may_own(&self, addr: usize) -> bool {
+        self.space.has_backing(addr) || !self.is_started() || engine::is_early(addr)
+    }
+
+    /// Counts a block that was to be freed or resized here, and is not of this
+    /// heap; whether it is the first.
+    pub fn note_foreign(&self) -> bool {
+        self.foreign.fetch_add(1, Ordering::Relaxed) == 0
     }
 
     /// Counts what is held now for the time since it was last counted.

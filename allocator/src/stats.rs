@@ -65,6 +65,9 @@ pub struct Stats {
     /// In granules whose content was lost so far: a device took them by force,
     /// or they were found broken.
     pub lost: u64,
+    /// Blocks that the program wanted freed or resized here and that are not of
+    /// this heap; they were left alone (a count).
+    pub foreign: u64,
     /// Callbacks of the program that panicked (a count).
     pub callback_panics: u64,
     /// Settings that could not be read (a count).

@@ -69,8 +69,8 @@ pub const WORKLOADS: &[Workload] = &[
 
 /// Peak memory over the other's that we stay within.
 pub const MEMORY_LIMIT: f64 = 1.15;
-/// Programs for which the other needs less are not judged by that ratio: extents are held in granules of
-/// 2 MiB, and one of them is more than such a program needs.
+/// Programs for which the other needs less are not judged by that ratio where they hold extents: those come
+/// in granules of 2 MiB, and with one of them no such program can stay within it.
 pub const MEMORY_JUDGED_FROM: f64 = 16.0 * 1024.0 * 1024.0;
 
 impl Workload {

@@ -45,6 +45,8 @@ pub struct Comparison {
     pub our_peak: f64,
     /// The other's.
     pub other_peak: f64,
+    /// Ours were on extents, which come by the granule.
+    pub holds_granules: bool,
 }
 
 impl Comparison {
@@ -67,6 +69,7 @@ impl Comparison {
             cost_limit: workload.limit,
             our_peak: peak(ours.1),
             other_peak: peak(other.1),
+            holds_granules: ours.1.iter().any(|sample| sample.extent_peak_bytes > 0),
         }
     }
 
@@ -83,7 +86,7 @@ impl Comparison {
 
     /// See [`MEMORY_JUDGED_FROM`].
     fn memory_is_judged(&self) -> bool {
-        self.other_peak >= MEMORY_JUDGED_FROM
+        self.other_peak >= MEMORY_JUDGED_FROM || !self.holds_granules
     }
 }
 
@@ -243,11 +246,14 @@ mod tests {
             samples[0].peak_bytes = mib << 20;
             samples
         };
-        let holds = |ours, other| {
-            Comparison::of(pair, ("a", &with_peak(ours)), ("b", &with_peak(other))).holds(1.0)
+        let holds = |ours, extents: u64, other| {
+            let mut ours = with_peak(ours);
+            ours[0].extent_peak_bytes = extents << 20;
+            Comparison::of(pair, ("a", &ours), ("b", &with_peak(other))).holds(1.0)
         };
-        assert!(holds(114, 100) && !holds(116, 100));
-        assert!(holds(9, 4) && !holds(40, 20));
+        assert!(holds(114, 90, 100) && !holds(116, 90, 100));
+        assert!(holds(9, 2, 4) && !holds(40, 20, 20));
+        assert!(holds(9, 0, 8) && !holds(9, 0, 4));
     }
 
     #[test]

@@ -6,8 +6,9 @@ use std::fmt::Write;
 use dax_backend::broker::GRANULE;
 use dax_backend::broker::admin::Added;
 use dax_backend::broker::client_page::{
-    DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
-    DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW, DEGRADED_USER_MOVES,
+    DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_FOREIGN,
+    DEGRADED_NO_REBIND, DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW,
+    DEGRADED_USER_MOVES,
 };
 use dax_backend::broker::policy::PolicyStatus;
 use dax_backend::broker::receipt::Receipt;
@@ -397,6 +398,10 @@ pub(crate) fn degraded(flags: u64) -> Vec<&'static str> {
         ),
         (DEGRADED_EXHAUSTED, "extents ran out"),
         (DEGRADED_CONFIG, "settings were ignored"),
+        (
+            DEGRADED_FOREIGN,
+            "freed blocks of another allocator, which were left alone",
+        ),
         (DEGRADED_NO_SPILL, "can't make a file in spill_dir"),
         (DEGRADED_NO_RING, "spills one write at a time (no io_uring)"),
     ]

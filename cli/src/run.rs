@@ -16,8 +16,8 @@ use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 use dax_backend::broker::admin::{AdminClient, AdminReply, AdminRequest};
 use dax_backend::broker::client_page::{
-    DEGRADED_DISCONNECTED, DEGRADED_NO_REBIND, DEGRADED_NO_RING, DEGRADED_NO_SPILL,
-    DEGRADED_NO_WINDOW, DEGRADED_USER_MOVES,
+    DEGRADED_DISCONNECTED, DEGRADED_FOREIGN, DEGRADED_NO_REBIND, DEGRADED_NO_RING,
+    DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW, DEGRADED_USER_MOVES,
 };
 use dax_backend::broker::status::RunReport;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -317,6 +317,10 @@ fn report(options: &Options, socket: &Path, run: Uuid, placement: Placement) -> 
         complain(
             "system calls of the program that met memory on the move failed with EFAULT, \
              as moves:user wants it (dcm doctor says what is missing)",
+        );
+    } else if degraded & DEGRADED_FOREIGN != 0 {
+        complain(
+            "the program freed memory that another allocator gave it: it was left alone, and leaks",
         );
     } else if degraded & DEGRADED_NO_SPILL != 0 {
         complain("the program could make no file in spill_dir, and so spilled nothing");

@@ -24,8 +24,8 @@ use dax_backend::broker::client::{
     ConnectError, FamilyLine, ForkLine, Heard, SharedRuns as WireRuns, Welcome,
 };
 use dax_backend::broker::client_page::{
-    DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_NO_REBIND,
-    DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_USER_MOVES,
+    DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_FOREIGN,
+    DEGRADED_NO_REBIND, DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_USER_MOVES,
 };
 use dax_backend::broker::protocol::{
     RefusalReason, SharedRun as WireRun, WindowRange as WireRange,
@@ -417,6 +417,7 @@ impl ExtentSource for BrokerSource {
             (!stats.moves_live, DEGRADED_NO_REBIND),
             (stats.user_moves, DEGRADED_USER_MOVES),
             (stats.unknown_settings > 0, DEGRADED_CONFIG),
+            (stats.foreign > 0, DEGRADED_FOREIGN),
             (stats.spill == SpillState::Unusable, DEGRADED_NO_SPILL),
             (stats.spill == SpillState::NoRing, DEGRADED_NO_RING),
             (!self.rejoin.is_here(), DEGRADED_DISCONNECTED),

@@ -119,6 +119,17 @@ pub enum AttachError {
     Source(#[from] SourceError),
 }
 
+/// Leaves a block alone that is not of this process's heap, and counts it; with
+/// `verbose` the first is named on stderr.
+#[cold]
+pub fn leave_foreign(addr: usize) {
+    if HEAP.note_foreign() && HEAP.config().verbose {
+        say(&format_args!(
+            "{addr:#x} is no block of this heap and is left alone: another allocator's?"
+        ));
+    }
+}
+
 static STARTED: OnceLock<Result<(), StartError>> = OnceLock::new();
 
 /// Starts the heap and connects it to the broker, once; allocates nothing of

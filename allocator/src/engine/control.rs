@@ -7,6 +7,7 @@ use core::ptr::null_mut;
 use tikv_jemalloc_sys as je;
 
 use super::Hooks;
+use super::early;
 
 /// One of jemalloc's arenas.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -135,9 +136,10 @@ pub fn automatic() -> impl Iterator<Item = ArenaIndex> {
 /// Makes the automatic arenas take their pages through `hooks`. They are made
 /// first, as jemalloc makes them, so that their metadata stays in DRAM.
 pub fn take_over(hooks: &'static Hooks, decay_ms: isize) {
-    super::hooks::note_early(statistics().active);
+    early::note(statistics().active);
     for arena in automatic() {
         let probe = super::allocate_from(arena, 1, 0, false);
+        early::note_place(probe.addr());
         // SAFETY: just allocated, or null.
         unsafe { super::free(probe) };
         arena.write(c"arena.0.extent_hooks", hooks.as_jemalloc());

@@ -13,24 +13,10 @@ use core::time::Duration;
 use std::time::Instant;
 use tikv_jemalloc_sys as je;
 
-use super::{Account, ArenaIndex, purge};
+use super::{Account, ArenaIndex, early, purge};
 use crate::placement::OnExhausted;
 use crate::space::{Domain, GRANULE, LOTS, Lot, Run, Space, Tier};
 use crate::sync::Signal;
-
-/// Bytes of pages that jemalloc took from the kernel before it had hooks, and
-/// still has: what was allocated before the heap started, in DRAM.
-static EARLY: AtomicU64 = AtomicU64::new(0);
-
-/// Remembers what jemalloc has when the hooks are set.
-pub(super) fn note_early(bytes: u64) {
-    EARLY.store(bytes, Ordering::Relaxed);
-}
-
-/// What of it is left.
-pub fn early_bytes() -> u64 {
-    EARLY.load(Ordering::Relaxed)
-}
 
 /// How long a request of an arena waits for granules that have been asked for
 /// (ms), where nothing is said: there is no outer layer that waits for it.
@@ -335,9 +321,7 @@ unsafe extern "C" fn dalloc(
         }
         return false;
     }
-    let _ = EARLY.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |early| {
-        Some(early.saturating_sub(size as u64))
-    });
+    early::note_unmapped(size as u64);
     // SAFETY: from before the hooks were set, so jemalloc mapped it, and it
     // gives it up now.
     unsafe { rustix::mm::munmap(addr, size) }.is_err()

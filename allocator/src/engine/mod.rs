@@ -7,6 +7,7 @@
 mod account;
 mod cache;
 mod control;
+mod early;
 mod hooks;
 mod start;
 
@@ -15,7 +16,8 @@ pub use cache::Cache;
 pub use control::{
     ArenaIndex, MAX_ARENAS, Statistics, automatic, decay, purge, statistics, take_over, whole_class,
 };
-pub use hooks::{Hooks, Supply, early_bytes, lent_only};
+pub use early::{early_bytes, is_early};
+pub use hooks::{Hooks, Supply, lent_only};
 pub use start::prepare;
 
 use core::ffi::{c_int, c_void};
@@ -144,6 +146,17 @@ pub unsafe fn reallocate_into(
 pub unsafe fn free(ptr: *mut u8) {
     // SAFETY: the caller's promise.
     unsafe { je::free(ptr.cast()) }
+}
+
+/// free(3) of a block that is known to be the engine's: what its `free` does
+/// where it does nothing inline.
+///
+/// # Safety
+/// `ptr` is live and from this engine.
+#[inline]
+pub unsafe fn free_known(ptr: *mut u8) {
+    // SAFETY: the caller's promise.
+    unsafe { je::dallocx(ptr.cast(), 0) }
 }
 
 /// free(3) with the size known.

@@ -302,6 +302,12 @@ impl Space {
         Owner::from_entry(self.entry_of(addr) & !table::LOST)
     }
 
+    /// Whether `addr` lies in a granule with some backing; without a lock.
+    #[inline]
+    pub fn has_backing(&self, addr: usize) -> bool {
+        self.entry_of(addr) != 0
+    }
+
     /// Whether the content of the granule that `addr` lies in was lost, and
     /// touching it faults; without a lock.
     pub(crate) fn is_lost(&self, addr: usize) -> bool {

@@ -39,6 +39,8 @@ pub const DEGRADED_NO_SPILL: u64 = 1 << 5;
 pub const DEGRADED_NO_RING: u64 = 1 << 6;
 /// [`ClientPage::degraded_flags`]: live memory moves, and system calls that meet it fail.
 pub const DEGRADED_USER_MOVES: u64 = 1 << 7;
+/// [`ClientPage::degraded_flags`]: blocks of another allocator were to be freed, and were left alone.
+pub const DEGRADED_FOREIGN: u64 = 1 << 8;
 
 /// Buckets of [`ClientPage::stalls`].
 pub const STALL_BUCKETS: usize = 24;

@@ -9,7 +9,7 @@ use allocator::space::PAGE;
 use core::ffi::{c_int, c_void};
 use core::ptr::null_mut;
 use core::sync::atomic::{AtomicUsize, Ordering};
-use dcmalloc::process::HEAP;
+use dcmalloc::process::{HEAP, leave_foreign};
 
 /// No alignment of its own: the engine aligns blocks of 16 bytes and more to 16.
 const NATURAL: usize = 1;
@@ -106,7 +106,8 @@ pub extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
     allocate(total, NATURAL, true)
 }
 
-/// realloc(3). A size of 0 frees and returns null, as glibc does.
+/// realloc(3). A size of 0 frees and returns null, as glibc does. A block of
+/// another allocator is left alone: null, and EINVAL.
 ///
 /// # Safety
 /// `ptr` is null, or live and from this library.
@@ -118,6 +119,11 @@ pub unsafe extern "C" fn realloc(ptr: *mut c_void, size: usize) -> *mut c_void {
     if size == 0 {
         // SAFETY: the caller's promise.
         unsafe { free(ptr) };
+        return null_mut();
+    }
+    if !HEAP.may_own(ptr.addr()) {
+        leave_foreign(ptr.addr());
+        set_errno(libc::EINVAL);
         return null_mut();
     }
     // SAFETY: the caller's promise.
@@ -139,6 +145,37 @@ pub unsafe extern "C" fn reallocarray(ptr: *mut c_void, count: usize, size: usiz
     }
 }
 
+/// What the engine's `free` does not do inline: large blocks, full caches, and
+/// pointers of which it knows nothing. In place of the engine's own function
+/// for that (see `build.rs`), which takes memory that it does not know for a
+/// block of 8 bytes and hands it out again, or reads a null pointer. Memory of
+/// another allocator is left alone here, and counted.
+///
+/// # Safety
+/// As [`free`], but that `ptr` may be anything.
+unsafe extern "C" fn free_slow(ptr: *mut c_void) {
+    if ptr.is_null() {
+        return;
+    }
+    if HEAP.may_own(ptr.addr()) {
+        // SAFETY: the caller's promise.
+        return unsafe { engine::free_known(ptr.cast()) };
+    }
+    keep_errno(|| leave_foreign(ptr.addr()));
+}
+
+// A name for the linker that the library does not export.
+#[cfg(target_arch = "x86_64")]
+core::arch::global_asm!(
+    ".pushsection .text.unlikely.free_slow,\"ax\",@progbits",
+    ".globl dcmalloc_free_slow",
+    ".hidden dcmalloc_free_slow",
+    "dcmalloc_free_slow:",
+    "jmp {slow}",
+    ".popsection",
+    slow = sym free_slow,
+);
+
 /// free(3). Naked for the same reason as [`malloc`].
 ///
 /// # Safety
@@ -158,7 +195,7 @@ pub unsafe extern "C" fn free(ptr: *mut c_void) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn free(ptr: *mut c_void) {
     // SAFETY: the caller's promise.
-    unsafe { engine::free(ptr.cast()) }
+    unsafe { free_slow(ptr) }
 }
 
 /// The obsolete cfree(3).
@@ -252,6 +289,9 @@ pub extern "C" fn pvalloc(size: usize) -> *mut c_void {
 /// As [`free`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn malloc_usable_size(ptr: *const c_void) -> usize {
+    if !HEAP.may_own(ptr.addr()) {
+        return 0;
+    }
     // SAFETY: the caller's promise.
     unsafe { engine::usable_size(ptr.cast()) }
 }
