@@ -557,7 +557,7 @@ mod tests {
             .with_flags(5)
             .with_ranges(&[WindowRange { offset: 3, len: 4 }]);
         let bytes = m.bytes();
-        assert_eq!(&bytes[..8], b"DCM1\x02\x00\x84\x00");
+        assert_eq!(&bytes[..8], b"DCM1\x03\x00\x84\x00");
         assert_eq!(bytes[8..10], [2, 1]);
         assert_eq!(bytes[24], 9);
         assert_eq!((bytes[48], bytes[52], bytes[56], bytes[64]), (1, 5, 3, 4));
