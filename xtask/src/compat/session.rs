@@ -66,6 +66,7 @@ impl Session {
                 // The build may lie where they cannot read.
                 fs::copy(workspace::preload(), dir.path().join("preload.so"))
                     .context("no preload library")?;
+                fs::copy(workspace::dcm(), dir.path().join("dcm")).context("no dcm")?;
                 let broker = Arc::new(Broker::serve_all("4G")?);
                 let taker = (way == Way::Recalled).then(|| Taker::start(Arc::clone(&broker)));
                 Some((broker, taker))
@@ -101,14 +102,25 @@ impl Session {
         command
     }
 
-    /// The same as another user.
+    /// The same as another user. What changes the user comes first: it keeps its capabilities over that, which a
+    /// process with threads of ours cannot (see `docs/limits.md`).
     pub(crate) fn command_as(&self, user: &str, program: impl AsRef<Path>) -> Command {
-        let mut command = self.command("setpriv");
+        let inner = self.command(program);
+        let mut command = Command::new("setpriv");
         command
             .arg(format!("--reuid={user}"))
             .arg(format!("--regid={user}"))
-            .args(["--init-groups", "--"])
-            .arg(program.as_ref());
+            .args(["--init-groups", "--"]);
+        match self.with {
+            None => command.arg(inner.get_program()),
+            Some(_) => command.arg(self.dir().join("dcm")),
+        };
+        command.args(inner.get_args()).current_dir(self.dir());
+        for (name, value) in inner.get_envs() {
+            if let Some(value) = value {
+                command.env(name, value);
+            }
+        }
         command
     }
 
