@@ -540,10 +540,12 @@ impl Heap {
         self.foreign.fetch_add(1, Ordering::Relaxed) == 0
     }
 
-    /// Counts what is held now for the time since it was last counted.
-    pub(crate) fn sample(&self) {
+    /// Counts what is held now for the time since it was last counted, and has
+    /// the source show what there is to say.
+    pub(crate) fn report_to(&self, source: &dyn ExtentSource) {
         self.over_time
             .sample(&self.space.usage(), engine::early_bytes());
+        source.publish(&self.stats());
     }
 
     /// Says for the last time what the heap holds: the process ends.

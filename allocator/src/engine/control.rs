@@ -139,7 +139,9 @@ pub fn take_over(hooks: &'static Hooks, decay_ms: isize) {
     early::note(statistics().active);
     for arena in automatic() {
         let probe = super::allocate_from(arena, 1, 0, false);
-        early::note_place(probe.addr());
+        if !probe.is_null() {
+            early::note_place(probe.addr());
+        }
         // SAFETY: just allocated, or null.
         unsafe { super::free(probe) };
         arena.write(c"arena.0.extent_hooks", hooks.as_jemalloc());

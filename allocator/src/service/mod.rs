@@ -207,8 +207,7 @@ impl Service {
         if self.is_running()
             && let Some(source) = self.source()
         {
-            heap.sample();
-            source.publish(&heap.stats());
+            heap.report_to(source);
         }
     }
 

@@ -171,8 +171,7 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
         let now = heap.space().usage();
         quiet = if now == before { quiet + 1 } else { 0 };
         before = now;
-        heap.sample();
-        source.publish(&heap.stats());
+        heap.report_to(source);
     }
 }
 
