@@ -95,8 +95,21 @@ pub(super) extern "C" fn newborn(heap: *mut c_void) -> *mut c_void {
     } else {
         heap.space().set_exhausted(false);
         heap.expect_extents();
+        settle(heap, source);
     }
     work(heap, source)
+}
+
+/// Brings a child's heap, which begins in DRAM, to extents without waiting for
+/// the first tick, as much as one tick may: many children do not live for long.
+fn settle(heap: &Heap, source: &dyn ExtentSource) {
+    let service = heap.service();
+    let seen = heap.lent().read();
+    service.ask(heap, source, true, false);
+    heap.lent().wait(seen, TICK);
+    if let Some(evacuator) = service.evacuator.lock().as_mut() {
+        evacuator.bring_back(heap, source, heap.back_per_tick_in(false));
+    }
 }
 
 /// What the worker does for as long as the process lives.
