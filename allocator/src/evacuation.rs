@@ -251,7 +251,10 @@ impl Evacuator {
         most: usize,
     ) -> usize {
         let mut moved = 0;
+        // A fork would have to move it all off again.
+        let goes_on = || !heap.service().is_to_stop();
         while moved < most
+            && goes_on()
             && let Some(granule) = heap.space().next_restorable()
             && self.restore(heap, source, granule, true)
         {
@@ -259,6 +262,7 @@ impl Evacuator {
         }
         let mut failures = 0;
         while moved < most
+            && goes_on()
             && failures < FAILURES
             && let Some(picked) = heap.space().pick_returning(most - moved)
         {

@@ -30,6 +30,7 @@ unsafe extern "C" {
     /// glibc's lock of its list of streams (GLIBC_2.2.5).
     fn _IO_list_lock();
     fn _IO_list_unlock();
+    fn _IO_list_resetlock();
 }
 
 /// The heap of this process, for handlers that get no argument.
@@ -58,7 +59,7 @@ pub(crate) fn register_early(heap: &'static Heap) {
     HEAP.store((heap as *const Heap).cast_mut(), Ordering::Release);
     if !EARLY.swap(true, Ordering::AcqRel) {
         // SAFETY: as above.
-        unsafe { libc::pthread_atfork(Some(early_prepare), Some(early_parent), None) };
+        unsafe { libc::pthread_atfork(Some(early_prepare), Some(early_parent), Some(early_child)) };
     }
 }
 
@@ -72,25 +73,32 @@ fn heap() -> Option<&'static Heap> {
 /// No lock is held here: jemalloc calls its hooks with none of its own, and
 /// what comes back to malloc from a thread being made finds the child provided
 /// for. glibc's are its own to take, as in any pthread_create(3).
-pub(crate) fn child_needs_extents() {
-    if let Some(heap) = heap() {
-        // SAFETY: the address of this thread's errno.
-        let errno = unsafe { libc::__errno_location() };
-        // SAFETY: as above.
-        let before = unsafe { *errno };
-        heap.service().begin(heap);
-        // SAFETY: as above.
-        unsafe { *errno = before };
-    }
+///
+/// `false`: it was not provided for, and may ask again.
+pub(crate) fn child_needs_extents() -> bool {
+    let Some(heap) = heap() else { return true };
+    // SAFETY: the address of this thread's errno.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    let before = unsafe { *errno };
+    let begun = heap.service().begin(heap);
+    // SAFETY: as above.
+    unsafe { *errno = before };
+    begun
 }
 
 extern "C" fn early_prepare() {
     if let Some(heap) = heap() {
         heap.before_fork();
     }
-    // SAFETY: takes no arguments; released in the parent below, and in the
-    // child by fork itself, which resets the lock there.
+    // SAFETY: takes no arguments; released below.
     unsafe { _IO_list_lock() };
+}
+
+extern "C" fn early_child() {
+    // fork does so itself, but only where the parent had threads.
+    // SAFETY: the child has one thread, and nobody is in the list.
+    unsafe { _IO_list_resetlock() };
 }
 
 extern "C" fn early_parent() {

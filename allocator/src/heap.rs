@@ -449,14 +449,23 @@ impl Heap {
             }
             // Said each time round, since another thread may have taken what
             // came; but while there is none, only news of more is waited for.
-            let ask = !self.space.is_exhausted();
-            if !self.service.is_running() {
+            let joining = self.service.is_joining();
+            let ask = joining || !self.space.is_exhausted();
+            if !joining && !self.service.is_running() {
                 self.space.set_exhausted(true);
+                // A child may have found its source just now.
+                if self.service.is_running() {
+                    self.space.set_exhausted(false);
+                }
             }
             // A refusal may be over by now, because others gave some back; it
-            // was the answer to this request all the same.
-            let refused = self.space.is_exhausted() || self.space.refusals() != refusals;
-            if refused && !(waits && self.service.is_running()) {
+            // was the answer to this request all the same. A child that is to
+            // have no DRAM waits until it is known whether there is a source.
+            let refused = match joining {
+                true => self.config().on_exhausted == OnExhausted::Dram,
+                false => self.space.is_exhausted() || self.space.refusals() != refusals,
+            };
+            if refused && !waits {
                 self.exhausted.fetch_add(1, Ordering::Relaxed);
                 return false;
             }
@@ -618,6 +627,12 @@ impl Heap {
 
     pub(crate) fn note_evacuated(&self, granules: usize) {
         self.evacuated.fetch_add(granules as u64, Ordering::Relaxed);
+    }
+
+    /// Granules that were moved so far, anywhere.
+    pub(crate) fn moved(&self) -> u64 {
+        let counters = [&self.evacuated, &self.promoted, &self.restored];
+        counters.map(|n| n.load(Ordering::Relaxed)).iter().sum()
     }
 
     pub(crate) fn note_promoted(&self, granules: usize) {

@@ -12,7 +12,10 @@ use core::ffi::{c_int, c_void};
 use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
+use rustix::mm::{Advice, madvise};
+
 use crate::heap::Heap;
+use crate::space::PAGE;
 
 /// "Hardware memory error consumed on a machine check: action required."
 const BUS_MCEERR_AR: c_int = 4;
@@ -82,16 +85,26 @@ fn mend(heap: &Heap, code: c_int, addr: usize) -> bool {
         // The access is not of this heap's threads, none of which has a lock of
         // the space while it touches a granule. It is tried again: one that is
         // on the move it then waits for.
-        BUS_MCEERR_AR => {
-            if let Some(extent) = heap.space().extent_at(addr) {
+        BUS_MCEERR_AR => match heap.space().extent_at(addr) {
+            Some(extent) => {
                 heap.lose(&[extent]);
+                !heap.space().is_lost(addr)
             }
-            !heap.space().is_lost(addr)
-        }
+            // Another thread has mended it, or it is DRAM or a copy of an
+            // ancestor's, which nothing mends.
+            None => !heap.space().is_lost(addr) && can_be_read(addr),
+        },
         // Nobody has touched it yet.
         BUS_MCEERR_AO => true,
         _ => false,
     }
+}
+
+/// Whether the page at an address is sound (`MADV_POPULATE_READ`, Linux 5.14).
+fn can_be_read(addr: usize) -> bool {
+    let page = (addr & !(PAGE - 1)) as *mut c_void;
+    // SAFETY: it maps what is missing of a page, and changes nothing in it.
+    unsafe { madvise(page, PAGE, Advice::LinuxPopulateRead) }.is_ok()
 }
 
 /// One line on stderr, made without allocating, the first time.

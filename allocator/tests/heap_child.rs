@@ -5,7 +5,8 @@
 
 mod common;
 
-use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering::Relaxed};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use allocator::source::ExtentSource;
@@ -22,9 +23,18 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 static SOURCE: AtomicPtr<MemfdSource> = AtomicPtr::new(std::ptr::null_mut());
 static CONNECTIONS: AtomicU32 = AtomicU32::new(0);
+/// A descriptor of the program's, and how often a callback has found it.
+static DESCRIPTOR: AtomicI32 = AtomicI32::new(-1);
+static FOUND: AtomicU32 = AtomicU32::new(0);
 
+/// As a broker's source: with a descriptor table of its own.
 fn reconnect() -> Option<&'static dyn ExtentSource> {
     CONNECTIONS.fetch_add(1, Relaxed);
+    // SAFETY: this thread's own table from now on; nothing it has is in use.
+    unsafe {
+        assert_eq!(libc::unshare(libc::CLONE_FILES), 0);
+        assert_eq!(libc::close(DESCRIPTOR.load(Relaxed)), 0);
+    }
     let source = MemfdSource::leak(GRANULES);
     SOURCE.store(std::ptr::from_ref(source).cast_mut(), Relaxed);
     Some(source)
@@ -84,6 +94,11 @@ fn child(inherited: *mut u64, number: u64, generation: u32) {
     let outcome = source.recall(u64::from(generation), all);
     assert_eq!(outcome.refused.bytes(), 0, "{outcome:?}");
     assert!(HEAP.stats().evacuated > 0);
+    let found = FOUND.load(Relaxed);
+    assert_eq!(
+        found, generation,
+        "a callback has not its program's descriptors"
+    );
     assert!(says(own, number + 1) && says(inherited, number));
     fill(inherited, number + 2);
     if generation < GENERATIONS {
@@ -129,6 +144,14 @@ fn children_are_clients_of_their_own() {
     if !moves(&HEAP) {
         return;
     }
+    // A number that nothing else gets.
+    let program = rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), 500).unwrap();
+    DESCRIPTOR.store(program.as_raw_fd(), Relaxed);
+    let asked = move |_: &_| {
+        let open = rustix::io::fcntl_getfd(&program);
+        FOUND.fetch_add(u32::from(open.is_ok()), Relaxed);
+    };
+    let _cache = HEAP.arena("cache").on_pressure(asked).build().unwrap();
     let block = comes_to_lie_on_an_extent();
     fill(block, 1);
     fork_child(block, 1, 1);

@@ -56,6 +56,41 @@ fn extent_of(block: *mut u8) -> WindowRange {
     WindowRange { offset, len }
 }
 
+/// Has the next access to a page of anonymous memory raise SIGBUS as a machine
+/// check does (`UFFDIO_POISON`, Linux 6.6). `false`: not here.
+fn poison(page: *mut u8) -> bool {
+    #[repr(C)]
+    struct Poison {
+        page: *mut u8,
+        len: u64,
+        mode: u64,
+        done: i64,
+    }
+    const API: [u64; 3] = [0xaa, 1 << 14, 0];
+    const UFFDIO_API: u64 = 0xc018_aa3f;
+    const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+    const UFFDIO_POISON: u64 = 0xc020_aa08;
+    let mut poison = Poison {
+        page,
+        len: 4096,
+        mode: 0,
+        done: 0,
+    };
+    // Missing pages, in the place of the mode.
+    let mut register = [page as u64, 4096, 1, 0];
+    let mut api = API;
+    // SAFETY: structures of userfaultfd(2), and a page of this process's.
+    unsafe {
+        // For faults of the program's own (UFFD_USER_MODE_ONLY).
+        let uffd = libc::syscall(libc::SYS_userfaultfd, 1) as c_int;
+        uffd >= 0
+            && libc::ioctl(uffd, UFFDIO_API, &mut api) == 0
+            && libc::ioctl(uffd, UFFDIO_REGISTER, &mut register) == 0
+            && libc::madvise(page.cast(), 4096, libc::MADV_DONTNEED) == 0
+            && libc::ioctl(uffd, UFFDIO_POISON, &mut poison) == 0
+    }
+}
+
 /// SIGBUS as a machine check sends it; only to oneself may one (rt_sigqueueinfo(2)).
 fn machine_check(addr: *mut u8) {
     #[repr(C)]
@@ -123,6 +158,17 @@ fn play(role: &str) {
             // SAFETY: a signal to this process.
             unsafe { libc::raise(libc::SIGBUS) };
             return println!("goes on");
+        }
+        "broken DRAM" => {
+            let arena = HEAP.arena("dram").placement(Placement::Dram);
+            let arena = arena.on_lost(|_| ()).build().unwrap();
+            let dram = block(&arena);
+            assert_eq!(HEAP.space().backing_of(dram.addr()), Some(Backing::Dram));
+            if !poison(dram) {
+                return println!("SKIPPED: no UFFDIO_POISON");
+            }
+            machine_check(dram);
+            return println!("read {}", read(dram));
         }
         "broken" => {
             machine_check(others);
@@ -208,6 +254,13 @@ fn as_the_kernel_has_it() {
     assert_eq!(played.output.status.signal(), Some(libc::SIGBUS));
     assert!(!played.stdout.contains("goes on"));
     assert_eq!(played.lines, 0);
+    // What nothing can mend is not tried for ever.
+    let played = process("broken DRAM");
+    if !played.stdout.contains("SKIPPED") {
+        assert_eq!(played.output.status.signal(), Some(libc::SIGBUS));
+        assert!(!played.stdout.contains("read "));
+        assert_eq!(played.lines, 1);
+    }
     let played = process("broken");
     assert_eq!(played.output.status.signal(), Some(libc::SIGBUS));
     assert!(played.stdout.contains("zero") && !played.stdout.contains("goes on"));

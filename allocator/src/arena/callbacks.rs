@@ -160,11 +160,17 @@ impl Callbacks {
         loop {
             let seen = self.done.read();
             let left = until.saturating_duration_since(Instant::now());
-            if !self.busy.load(Ordering::Acquire) || left.is_zero() {
+            let waits = self.busy.load(Ordering::Acquire) && !heap.service().is_to_stop();
+            if !waits || left.is_zero() {
                 return;
             }
             self.done.wait(seen, left);
         }
+    }
+
+    /// A fork waits for the worker, which may wait for a callback.
+    pub(crate) fn fork_waits(&self) {
+        self.done.raise();
     }
 
     /// Has the owner of an arena told that content of it was lost, if it wants

@@ -90,12 +90,12 @@ pub struct Supply {
     pub orphan: AtomicBool,
     /// Called once when an orphan needs a granule. It may allocate: a hook
     /// that comes of that finds no orphan.
-    adopt: fn(),
+    adopt: fn() -> bool,
 }
 
 impl Supply {
     /// A supply that does not wait; what to do for an orphan.
-    pub const fn new(adopt: fn()) -> Self {
+    pub const fn new(adopt: fn() -> bool) -> Self {
         Self {
             wanted: Signal::new(),
             demand: [const { AtomicUsize::new(0) }; LOTS],
@@ -113,7 +113,13 @@ impl Supply {
     /// Has an orphan look for a lender.
     fn find_lender(&self) {
         if self.orphan.load(Ordering::Relaxed) && self.orphan.swap(false, Ordering::AcqRel) {
-            (self.adopt)();
+            // A thread being made allocates, and need not have extents for it.
+            let lent_only = LENT_ONLY.replace(false);
+            let begun = (self.adopt)();
+            LENT_ONLY.set(lent_only);
+            if !begun {
+                self.orphan.store(true, Ordering::Release);
+            }
         }
     }
 

@@ -36,6 +36,8 @@ pub(crate) struct Service {
     alive: AtomicBool,
     /// The source answers.
     running: AtomicBool,
+    /// A child's worker is looking for a source.
+    joining: AtomicBool,
     source: Lock<Option<&'static dyn ExtentSource>>,
     /// The same, and in a child that of its parent.
     lender: Lock<Option<&'static dyn ExtentSource>>,
@@ -78,6 +80,7 @@ impl Service {
         Self {
             alive: AtomicBool::new(false),
             running: AtomicBool::new(false),
+            joining: AtomicBool::new(false),
             source: Lock::new(None),
             lender: Lock::new(None),
             adopted: Signal::new(),
@@ -130,11 +133,23 @@ impl Service {
         self.running.load(Ordering::Acquire)
     }
 
+    /// Whether this is a child whose source is being looked for.
+    pub(crate) fn is_joining(&self) -> bool {
+        self.joining.load(Ordering::Acquire)
+    }
+
+    /// The child's source is found, or there is none.
+    fn joined(&self, heap: &Heap) {
+        self.joining.store(false, Ordering::Release);
+        heap.lent().raise();
+    }
+
     /// In a child, or without threads: there are none, and the source is not
     /// this process's. Returns which ancestor left what is behind placeholders.
     pub(crate) fn forget(&self) -> u8 {
         for flag in [
             &self.running,
+            &self.joining,
             &self.alive,
             &self.moves,
             &self.plenty,
@@ -171,13 +186,20 @@ impl Service {
     }
 
     /// In a child that needs an extent for the first time: starts a worker,
-    /// which looks for a source. The caller does not wait.
-    pub(crate) fn begin(&self, heap: &'static Heap) {
+    /// which looks for a source. The caller does not wait. `false`: there is
+    /// no worker, and it may be tried again.
+    pub(crate) fn begin(&self, heap: &'static Heap) -> bool {
         // A child that has restricted itself since the fork (seccomp(2)) may
         // be killed for a thread or a socket. It stays in DRAM.
-        if sandbox() == self.sandbox.load(Ordering::Relaxed) {
-            let _ = threads::spawn(threads::newborn, heap);
+        if sandbox() != self.sandbox.load(Ordering::Relaxed) {
+            return true;
         }
+        self.joining.store(true, Ordering::Release);
+        let begun = threads::spawn(threads::newborn, heap).is_ok();
+        if !begun {
+            self.joined(heap);
+        }
+        begun
     }
 
     /// Who lends to this process, or did to the one that it was forked from.

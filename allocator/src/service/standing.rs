@@ -7,19 +7,23 @@ use core::sync::atomic::Ordering;
 use core::time::Duration;
 use std::time::Instant;
 
-use super::{RUNNING, STOP, STOPPED, Service, TICK_QUIET};
+use super::{RUNNING, STOP, STOPPED, Service, TICK, TICK_QUIET};
+use crate::arena::callbacks;
 use crate::config::ForkPolicy;
 use crate::heap::Heap;
 use crate::sharing::Asides;
 use crate::source::ExtentSource;
 
-/// A fork does not wait for longer than this for extents to be emptied: a GiB
-/// takes a second at worst.
+/// A fork waits for extents to be emptied for as long as some are, but not for
+/// longer than this while nothing moves.
 const FORK_PATIENCE: Duration = Duration::from_secs(60);
 
-/// Who forks by moving its heap often forks again at once: so many ticks. But
-/// one that forks every second is not to have its heap in DRAM for ever.
-const RESTRAINT: u32 = 4;
+/// Who forks by moving its heap often forks again at once. What was moved stays
+/// in DRAM for so many times as long as that took, so that a program that forks
+/// all the time spends no more than a third of it on moving to and fro.
+const REST: u32 = 4;
+/// The same, at most: a second.
+const REST_TICKS: u32 = 20;
 
 impl Service {
     /// Shares or moves what is live on extents and holds the worker, so
@@ -32,15 +36,31 @@ impl Service {
         }
         self.fork.store(STOP, Ordering::Release);
         heap.wanted().raise();
-        let deadline = Instant::now() + FORK_PATIENCE;
-        while self.fork.load(Ordering::Acquire) == STOP {
+        callbacks().fork_waits();
+        let mut moved = heap.moved();
+        let mut deadline = Instant::now() + FORK_PATIENCE;
+        while self.is_to_stop() {
             let seen = self.forking.read();
             let left = deadline.saturating_duration_since(Instant::now());
-            if self.fork.load(Ordering::Acquire) != STOP || left.is_zero() {
+            if !self.is_to_stop() {
                 break;
             }
-            self.forking.wait(seen, left);
+            if left.is_zero() {
+                if heap.moved() == moved {
+                    break;
+                }
+                moved = heap.moved();
+                deadline = Instant::now() + FORK_PATIENCE;
+            } else {
+                self.forking.wait(seen, left);
+            }
         }
+    }
+
+    /// A fork waits for the worker: what it is at ends soon, and nothing new
+    /// begins.
+    pub(crate) fn is_to_stop(&self) -> bool {
+        self.fork.load(Ordering::Acquire) == STOP
     }
 
     /// Ends what [`Service::stop`] began, in the parent.
@@ -53,10 +73,12 @@ impl Service {
     /// The worker's side of [`Service::stop`]: for so many ticks after a fork
     /// nothing comes back to extents. `None`: there was none.
     pub(super) fn stand_still(&self, heap: &Heap, source: &dyn ExtentSource) -> Option<u32> {
-        if self.fork.load(Ordering::Acquire) != STOP {
+        if !self.is_to_stop() {
             return None;
         }
+        let begun = Instant::now();
         let shared = self.share_or_move(heap, source);
+        let took = begun.elapsed();
         let _ = self
             .fork
             .compare_exchange(STOP, STOPPED, Ordering::AcqRel, Ordering::Relaxed);
@@ -73,7 +95,7 @@ impl Service {
                 drop(asides);
                 0
             }
-            None => RESTRAINT,
+            None => ((took * REST).div_duration_f32(TICK).ceil() as u32).clamp(1, REST_TICKS),
         };
         Some(restraint)
     }

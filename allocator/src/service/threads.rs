@@ -68,15 +68,13 @@ pub(super) extern "C" fn newborn(heap: *mut c_void) -> *mut c_void {
     let heap: &'static Heap = unsafe { &*heap.cast::<Heap>() };
     let service = heap.service();
     let _ = rustix::thread::set_name(c"dcmalloc");
-    let Some(source) = heap.reconnect() else {
+    let Some(source) = join(heap) else {
+        service.joined(heap);
         return null_mut();
     };
-    let (addr, len) = source.window();
-    // SAFETY: the window is as `ExtentSource::window` promises.
-    if unsafe { heap.space().open_window(addr, len) }.is_err() {
-        return null_mut();
-    }
     let evacuator = Evacuator::start(heap, source);
+    // It may wait for who serves an ancestor, and no fork is to wait for that.
+    service.sharing.join(heap, source);
     let spills;
     {
         // A fork before this needs no worker, one after it finds it ready.
@@ -87,17 +85,31 @@ pub(super) extern "C" fn newborn(heap: *mut c_void) -> *mut c_void {
         service.running.store(true, Ordering::Release);
         service.alive.store(true, Ordering::Release);
     }
-    service.sharing.join(heap, source);
-    // Where they can't be told of losses, nothing becomes zeroes.
-    let _ = callbacks().start_again();
-    if spawn(listener, heap).is_err() || (spills && spawn(restorer, heap).is_err()) {
-        service.closed(heap);
-    } else {
-        heap.space().set_exhausted(false);
-        heap.expect_extents();
+    let hears = spawn(listener, heap).is_ok() && !(spills && spawn(restorer, heap).is_err());
+    match hears {
+        true => {
+            heap.space().set_exhausted(false);
+            heap.expect_extents();
+        }
+        false => service.closed(heap),
+    }
+    service.joined(heap);
+    if hears {
         settle(heap, source);
     }
     work(heap, source)
+}
+
+/// Finds a child a source of its own.
+fn join(heap: &'static Heap) -> Option<&'static dyn ExtentSource> {
+    // Before this thread gets a descriptor table of its own: callbacks use the
+    // program's. Where they can't be told of losses, nothing becomes zeroes.
+    let _ = callbacks().start_again();
+    let source = heap.reconnect()?;
+    let (addr, len) = source.window();
+    // SAFETY: the window is as `ExtentSource::window` promises.
+    unsafe { heap.space().open_window(addr, len) }.ok()?;
+    Some(source)
 }
 
 /// Brings a child's heap, which begins in DRAM, to extents without waiting for
@@ -140,7 +152,9 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
             let _nothing_moves = service.evacuator.lock();
             service.lose_landed(heap, source);
         }
-        while let Some(recall) = service.take_recall() {
+        while !service.is_to_stop()
+            && let Some(recall) = service.take_recall()
+        {
             // What threads lacked may be met by now; who still waits says so.
             Lot::all().for_each(|lot| heap.demand(lot).store(0, Ordering::Release));
             service.answer(heap, source, &recall);

@@ -232,12 +232,20 @@ impl State {
         true
     }
 
-    /// The first run of neighbours on extents, or spilled, from a granule on.
+    /// The first run of neighbours that a child does not inherit, from a granule
+    /// on: those on extents, or spilled, and where a fork would not wait any
+    /// longer for a move out of DRAM, what was in flight.
     pub(super) fn next_extents(&self, from: usize) -> Option<Range<usize>> {
-        let away = |backing| matches!(backing, Backing::Extent(_) | Backing::Spilled);
-        let on_extent = |index: &usize| away(self.granule(*index).backing);
-        let first = (from..self.high).find(on_extent)?;
-        let len = (first..self.high).take_while(on_extent).count();
+        let away = |index: &usize| {
+            let granule = self.granule(*index);
+            match granule.backing {
+                Backing::Extent(_) | Backing::Spilled => true,
+                Backing::Dram => granule.in_flight,
+                _ => false,
+            }
+        };
+        let first = (from..self.high).find(away)?;
+        let len = (first..self.high).take_while(away).count();
         Some(first..first + len)
     }
 

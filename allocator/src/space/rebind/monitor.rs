@@ -59,6 +59,7 @@ impl Monitor {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         self.uffd.store(uffd.as_raw(), Release);
         self.bell.store(bell.into_raw_fd(), Release);
+        self.stalls.clear();
         let asleep = self.awake.read();
         spawn(self)?;
         // On its way there the thread reads the C library's locale, which the

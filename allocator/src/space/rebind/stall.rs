@@ -22,6 +22,13 @@ impl Stalls {
         }
     }
 
+    /// Forgets what another process counted, whose copy this is.
+    pub(super) fn clear(&self) {
+        self.buckets.iter().for_each(|n| n.store(0, Relaxed));
+        self.max.store(0, Relaxed);
+        self.total.store(0, Relaxed);
+    }
+
     pub(super) fn record(&self, ns: u64) {
         self.buckets[bucket(ns)].fetch_add(1, Relaxed);
         self.max.fetch_max(ns, Relaxed);
