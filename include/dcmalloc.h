@@ -205,10 +205,11 @@ enum dcm_status dcm_arena_create(const struct dcm_arena_params *params, dcm_aren
 enum dcm_status dcm_arena_destroy(dcm_arena arena);
 
 /*
- Says `conf`, `key:value,…`, before the heap starts: with the first call that
- makes, attaches, pins, opens, gives back or reads something, and under the
- preloaded library before `main`. It holds over `DCMALLOC_CONF` and the
- configuration file. One setting that is wrong makes all of it be refused.
+ Says `conf`, `key:value,…`, before the heap starts. It starts with the first
+ call that makes, attaches, pins, opens, gives back or reads something, and
+ under the preloaded library before `main`. What is said holds over
+ `DCMALLOC_CONF` and the configuration file. One setting that is wrong makes
+ all of it be refused.
 
  Required:
  `conf` is null or a string that ends with a nul.

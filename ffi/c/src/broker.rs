@@ -19,10 +19,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 static RECEIPT: Mutex<String> = Mutex::new(String::new());
 
-/// Says `conf`, `key:value,…`, before the heap starts: with the first call that
-/// makes, attaches, pins, opens, gives back or reads something, and under the
-/// preloaded library before `main`. It holds over `DCMALLOC_CONF` and the
-/// configuration file. One setting that is wrong makes all of it be refused.
+/// Says `conf`, `key:value,…`, before the heap starts. It starts with the first
+/// call that makes, attaches, pins, opens, gives back or reads something, and
+/// under the preloaded library before `main`. What is said holds over
+/// `DCMALLOC_CONF` and the configuration file. One setting that is wrong makes
+/// all of it be refused.
 ///
 /// # Safety
 /// `conf` is null or a string that ends with a nul.
