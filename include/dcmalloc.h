@@ -185,7 +185,7 @@ extern "C" {
 /*
  Makes an arena and writes its number to `arena`. `params` may be null.
 
- The heap starts with the first call, from its settings; see `dcm_configure`.
+ The heap has started then, from its settings; see `dcm_configure`.
 
  Required:
  `params` is null or has as many bytes as its `struct_size` says, its texts
@@ -205,9 +205,11 @@ enum dcm_status dcm_arena_create(const struct dcm_arena_params *params, dcm_aren
 enum dcm_status dcm_arena_destroy(dcm_arena arena);
 
 /*
- Says `conf`, `key:value,…`, before the heap starts, which the first arena
- makes it do. It holds over `DCMALLOC_CONF` and the configuration file. One
- setting that is wrong makes all of it be refused.
+ Says `conf`, `key:value,…`, before the heap starts. It starts with the first
+ call that makes, attaches, pins, opens, gives back or reads something, and
+ under the preloaded library before `main`. What is said holds over
+ `DCMALLOC_CONF` and the configuration file. One setting that is wrong makes
+ all of it be refused.
 
  Required:
  `conf` is null or a string that ends with a nul.
@@ -259,11 +261,29 @@ size_t dcm_stats_json(char *buffer, size_t size);
 /*
  Reads, writes or does what `name` says.
 
+ - `version`: text, the library's version
+ - `config`: text, the settings in effect, `key:value,…`
+ - `config.KEY`: text, one setting; can be written before the heap starts
+ - `broker.socket`: text, the broker that the heap is attached to; empty: none
+ - `heap.trim`: action, gives back what is unused
+ - `arenas.count`: number, arenas that the program has
+ - `arenas.max`: number, arenas that it may have
+ - `arena.ID.name`: text, the name of the arena with that number
+ - `arena.ID.allocated`: number, bytes handed out, with what thread caches keep
+ - `arena.ID.pages`: number, bytes of pages that it has
+ - `arena.ID.limit`: number, bytes of pages that it may have; 2^64-1: any
+ - `arena.ID.over_limit`: number, how often the limit refused something
+ - `arena.ID.lost`: number, bytes whose content was lost and reads as zeroes
+ - `arena.ID.purge`: action, gives back pages in which nothing is live
+ - `stats.FIELD`: number, text or 0 and 1, a field of `dcm_stats_json`, such as
+   `stats.usage.extent_live`
+
  A number is a `uint64_t`; `*oldlenp` is then 8. A text is written with its
  nul, `*oldlenp` being the room for it at first and what it takes afterwards;
  if that is more, nothing is written and `DCM_SIZE` returned. `oldp` is null where nothing is to
- be read. A new value is text, `newlen` bytes of it with or without its nul. An action takes
- and returns nothing.
+ be read. A new value is text, `newlen` bytes of it with or without its nul; what takes none is
+ refused with `DCM_READ_ONLY`. An action takes and returns nothing: with an `oldp` it is refused
+ with `DCM_INVALID`, and not done.
 
  Required:
  `name` is a string; `*oldlenp` bytes can be written at `oldp`, `newlen`
@@ -300,7 +320,8 @@ void *dcm_calloc(dcm_arena arena, size_t count, size_t size);
 
 /*
  `size` bytes at a multiple of `align`, which is a power of two; as
- `dcm_malloc`.
+ `dcm_malloc`. It lies where the arena's placement says, also when aligned as
+ for direct I/O: pin what a device works on.
  */
 void *dcm_aligned_alloc(dcm_arena arena, size_t align, size_t size);
 

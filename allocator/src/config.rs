@@ -4,9 +4,11 @@
 //! documentation is made from it.
 #![forbid(unsafe_code)]
 
+mod spill_dir;
+
 use crate::placement::{OnExhausted, Placement};
-use core::ffi::CStr;
 use core::fmt;
+pub use spill_dir::SpillDir;
 
 /// A setting that can be named in `DCMALLOC_CONF`.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +41,7 @@ const fn key(
 pub const KEYS: &[Key] = &[
     key(
         "placement",
-        "dram | dc | size[=BYTES] | interleave=N",
+        "dram | dc | size[=BYTES, 4K or more] | interleave=N (2 or more)",
         "size=64K",
         "where allocations go",
     ),
@@ -53,11 +55,12 @@ pub const KEYS: &[Key] = &[
         "dram_limit",
         "BYTES | none",
         "none",
-        "DRAM that live data may be moved to under pressure",
+        "DRAM that the heap may hold, by placement or by moves, for live data to be moved there \
+         under pressure",
     ),
     key(
         "spill_dir",
-        "PATH | none",
+        "ABSOLUTE PATH | none",
         "none",
         "where live data is written that can move neither to other extents nor to DRAM",
     ),
@@ -127,7 +130,7 @@ pub const KEYS: &[Key] = &[
         "verbose",
         "true | false",
         "false",
-        "whether the preloaded library may write to stderr",
+        "whether notes may be written to stderr (lost memory is told always)",
     ),
 ];
 
@@ -150,7 +153,9 @@ pub struct Config {
     pub placement: Placement,
     /// What happens when no extent is left.
     pub on_exhausted: OnExhausted,
-    /// Bytes of DRAM that granules may be moved to; `u64::MAX`: no limit.
+    /// Bytes of DRAM that the heap may hold for granules to be moved there, what
+    /// is there by placement among them; `u64::MAX`: no limit. The control
+    /// group's limit holds besides.
     pub dram_limit: u64,
     /// Where live data is written that can go nowhere else.
     pub spill_dir: Option<SpillDir>,
@@ -175,7 +180,7 @@ pub struct Config {
     pub confirm_conf: bool,
     /// Whether statistics are written to stderr at the end.
     pub stats_print: bool,
-    /// Whether anything else may be written to stderr.
+    /// Whether notes may be written to stderr; lost memory is told always.
     pub verbose: bool,
 }
 
@@ -199,7 +204,7 @@ impl Config {
         verbose: false,
     };
 
-    /// Reads one `key:value` (or `key=value`); the last word on a key holds.
+    /// Reads one `key:value`; the last word on a key holds.
     ///
     /// # Errors
     /// The key is none of [`KEYS`], or the value is none that it takes; the
@@ -335,37 +340,6 @@ impl fmt::Display for Config {
             write!(f, "{comma}{}:{}", key.name, Setting { config: self, key })?;
         }
         Ok(())
-    }
-}
-
-/// An absolute path to a directory, inline: settings are read without a heap.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct SpillDir([u8; Self::MAX + 1]);
-
-impl SpillDir {
-    /// Bytes that the path may have.
-    pub const MAX: usize = 255;
-
-    /// `None`: it is not absolute, or too long.
-    pub fn new(path: &str) -> Option<Self> {
-        let mut bytes = [0; Self::MAX + 1];
-        let fits = path.starts_with('/') && path.len() <= Self::MAX && !path.contains('\0');
-        if !fits {
-            return None;
-        }
-        bytes[..path.len()].copy_from_slice(path.as_bytes());
-        Some(Self(bytes))
-    }
-
-    /// The path.
-    pub fn as_c_str(&self) -> &CStr {
-        CStr::from_bytes_until_nul(&self.0).unwrap_or(c"/")
-    }
-}
-
-impl fmt::Debug for SpillDir {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.as_c_str().fmt(f)
     }
 }
 
@@ -659,16 +633,6 @@ mod tests {
         assert_eq!(parse_size("12"), Some(12));
         for bad in ["", "K", "1KK", "1X", "-1", "99999999999T", "1.5G"] {
             assert_eq!(parse_size(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn each_default_is_a_value_of_its_key() {
-        for key in KEYS {
-            let mut config = Config::DEFAULT;
-            let item = format!("{}:{}", key.name, key.default);
-            config.set(&item).unwrap();
-            assert_eq!(config, Config::DEFAULT, "{item}");
         }
     }
 }

@@ -35,15 +35,6 @@ impl Placement {
             _ => usize::MAX,
         }
     }
-
-    /// The tier for a request of `size` bytes.
-    pub fn tier(self, size: usize) -> Tier {
-        if size < self.direct_below() {
-            self.bound_tier()
-        } else {
-            Tier::Extent
-        }
-    }
 }
 
 impl Default for Placement {

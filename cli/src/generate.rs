@@ -92,7 +92,11 @@ fn environment(page: &mut Roff) {
         ),
         (
             conf::VARIABLE,
-            "Settings of the library, key:value,... as in dcm-run(1).",
+            "Settings of the library, key:value,... as in dcm-run(1). They hold over those of the file.",
+        ),
+        (
+            conf::FILE_VARIABLE,
+            "The file of settings, instead of /etc/dcmalloc.conf: separated by commas or ends of lines, lines that begin with # being comments; less than 4 KiB.",
         ),
         (
             "DCM_PRELOAD",

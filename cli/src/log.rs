@@ -10,7 +10,7 @@ use tracing_subscriber::filter::LevelFilter;
 pub(crate) enum Format {
     /// `2026-01-31T12:00:00Z INFO client connected client=1 pid=42`
     Text,
-    /// One object a line, its values under `fields`
+    /// One object a line, its values beside `message` and `level`
     Json,
 }
 

@@ -7,8 +7,7 @@ use dax_backend::broker::GRANULE;
 use dax_backend::broker::admin::Added;
 use dax_backend::broker::client_page::{
     DEGRADED_CONFIG, DEGRADED_DISCONNECTED, DEGRADED_EXHAUSTED, DEGRADED_FOREIGN,
-    DEGRADED_NO_REBIND, DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW,
-    DEGRADED_USER_MOVES,
+    DEGRADED_NO_REBIND, DEGRADED_NO_RING, DEGRADED_NO_SPILL, DEGRADED_USER_MOVES,
 };
 use dax_backend::broker::policy::PolicyStatus;
 use dax_backend::broker::receipt::Receipt;
@@ -63,6 +62,14 @@ pub(crate) fn status(status: &Status) -> String {
             "          {} in no whole granule, {} on the way back",
             Bytes(capacity.stranded),
             Bytes(capacity.outgoing)
+        );
+    }
+    if capacity.broken + capacity.lost > 0 {
+        line!(
+            out,
+            "          {} broken, {} taken by force and not let go of yet",
+            Bytes(capacity.broken),
+            Bytes(capacity.lost)
         );
     }
     if capacity.forked > 0 {
@@ -389,7 +396,6 @@ fn bar(part: u64, whole: u64) -> String {
 /// What the `DEGRADED_*` bits of a process say.
 pub(crate) fn degraded(flags: u64) -> Vec<&'static str> {
     [
-        (DEGRADED_NO_WINDOW, "could not map the device's memory"),
         (DEGRADED_DISCONNECTED, "lost its broker"),
         (DEGRADED_NO_REBIND, "can't move live memory"),
         (
@@ -397,7 +403,10 @@ pub(crate) fn degraded(flags: u64) -> Vec<&'static str> {
             "moves live memory, and system calls that meet it fail (moves:user)",
         ),
         (DEGRADED_EXHAUSTED, "extents ran out"),
-        (DEGRADED_CONFIG, "settings were ignored"),
+        (
+            DEGRADED_CONFIG,
+            "settings were ignored: confirm_conf:true names them",
+        ),
         (
             DEGRADED_FOREIGN,
             "freed blocks of another allocator, which were left alone",

@@ -1,4 +1,5 @@
 //! `dcm run`: a program with its heap on dynamic capacity.
+#![forbid(unsafe_code)]
 
 use std::env;
 use std::ffi::OsString;
@@ -17,7 +18,7 @@ use clap::{Args, ValueEnum};
 use dax_backend::broker::admin::{AdminClient, AdminReply, AdminRequest};
 use dax_backend::broker::client_page::{
     DEGRADED_DISCONNECTED, DEGRADED_FOREIGN, DEGRADED_NO_REBIND, DEGRADED_NO_RING,
-    DEGRADED_NO_SPILL, DEGRADED_NO_WINDOW, DEGRADED_USER_MOVES,
+    DEGRADED_NO_SPILL, DEGRADED_USER_MOVES,
 };
 use dax_backend::broker::status::RunReport;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -80,6 +81,7 @@ pub(crate) struct Options {
 /// Runs the program; its exit code is the answer.
 pub(crate) fn run(options: &Options) -> Result<u8, Failure> {
     let settings = conf::join(
+        conf::of_file()?,
         env::var(conf::VARIABLE).ok().as_deref(),
         options.conf.as_deref(),
         options.placement.as_deref(),
@@ -304,28 +306,38 @@ fn report(options: &Options, socket: &Path, run: Uuid, placement: Placement) -> 
             "the program never connected to the broker and ran on its own memory: \
              is it linked statically, or set-user-ID?",
         );
-    } else if degraded & (DEGRADED_DISCONNECTED | DEGRADED_NO_WINDOW) != 0 {
-        complain(
-            "the program lost the broker, or could not map its memory: part of it ran on DRAM",
-        );
-    } else if degraded & DEGRADED_NO_REBIND != 0 {
-        complain(
+    }
+    for (flag, says) in [
+        (
+            DEGRADED_DISCONNECTED,
+            "the program lost the broker: part of it ran on DRAM",
+        ),
+        (
+            DEGRADED_NO_REBIND,
             "the program's live memory could not be moved: a recall gets what is free alone \
              (dcm doctor says what is missing)",
-        );
-    } else if degraded & DEGRADED_USER_MOVES != 0 {
-        complain(
+        ),
+        (
+            DEGRADED_USER_MOVES,
             "system calls of the program that met memory on the move failed with EFAULT, \
              as moves:user wants it (dcm doctor says what is missing)",
-        );
-    } else if degraded & DEGRADED_FOREIGN != 0 {
-        complain(
+        ),
+        (
+            DEGRADED_FOREIGN,
             "the program freed memory that another allocator gave it: it was left alone, and leaks",
-        );
-    } else if degraded & DEGRADED_NO_SPILL != 0 {
-        complain("the program could make no file in spill_dir, and so spilled nothing");
-    } else if degraded & DEGRADED_NO_RING != 0 {
-        complain("io_uring is denied: the program spilled with one write at a time");
+        ),
+        (
+            DEGRADED_NO_SPILL,
+            "the program could make no file in spill_dir, and so spilled nothing",
+        ),
+        (
+            DEGRADED_NO_RING,
+            "io_uring is denied: the program spilled with one write at a time",
+        ),
+    ] {
+        if degraded & flag != 0 {
+            complain(says);
+        }
     }
     if let Some(format) = options.stats
         && let Err(error) = write_statistics(&report, format, options.stats_file.as_deref())

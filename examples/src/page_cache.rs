@@ -12,8 +12,8 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use allocator::Arena;
-use allocator::allocator_api2::vec::Vec as ArenaVec;
+use dcmalloc::Arena;
+use dcmalloc::allocator_api2::vec::Vec as ArenaVec;
 use rusqlite::ffi;
 
 use crate::draw::Reads;

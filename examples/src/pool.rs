@@ -9,8 +9,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use allocator::allocator_api2::vec::Vec as ArenaVec;
-use allocator::{Arena, PinError, PinGuard};
+use dcmalloc::allocator_api2::vec::Vec as ArenaVec;
+use dcmalloc::{Arena, PinError, PinGuard};
 use io_uring::{IoUring, opcode, types};
 
 /// Bytes of a page, and what O_DIRECT wants buffers aligned to.

@@ -1,8 +1,9 @@
 //! A table of a small key-value store: all of it in an arena of its own, every record with a checksum.
+#![forbid(unsafe_code)]
 
-use allocator::Arena;
-use allocator::allocator_api2::boxed::Box;
-use allocator::allocator_api2::vec::Vec;
+use dcmalloc::Arena;
+use dcmalloc::allocator_api2::boxed::Box;
+use dcmalloc::allocator_api2::vec::Vec;
 use hashbrown::{DefaultHashBuilder, HashMap};
 
 /// Records by key.
@@ -123,7 +124,7 @@ fn checksum(key: u64, value: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use allocator::DcMalloc;
+    use dcmalloc::DcMalloc;
 
     static HEAP: DcMalloc = DcMalloc::new();
 

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 
-use allocator::DcMalloc;
+use dcmalloc::DcMalloc;
 use dcmalloc_examples::pool::{PAGE, Pool, SLAB_FRAMES};
 
 #[global_allocator]

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use allocator::DcMalloc;
+use dcmalloc::DcMalloc;
 use dcmalloc_examples::page_cache;
 use rusqlite::Connection;
 

@@ -28,8 +28,9 @@ mod rejoin;
 pub mod settings;
 
 pub use allocator::{
-    Arena, ArenaBuilder, ArenaError, ArenaStats, Config, DcMalloc, Heap, OnExhausted, Placement,
-    Pressure, SharedError, SharedExtents, Stats, Tag, TagError, allocator_api2,
+    Arena, ArenaBuilder, ArenaError, ArenaStats, Config, DcMalloc, ForkPolicy, Heap, Lost,
+    OnExhausted, PinError, PinGuard, Placement, Pressure, SharedError, SharedExtents, Stats, Tag,
+    TagError, allocator_api2,
 };
 pub use broker_source::{BrokerSource, SourceError};
 pub use process::attach;

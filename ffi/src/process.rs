@@ -100,7 +100,7 @@ pub enum StartError {
     )]
     SecondCopy,
     /// It has started, with the settings that it has.
-    #[error("the heap has started: settings are made before the first arena")]
+    #[error("the heap has started: say settings before any other call, or in DCMALLOC_CONF")]
     Started,
     /// It found no addresses.
     #[error("the heap has no addresses to use (RLIMIT_AS): allow the process more")]
@@ -191,6 +191,9 @@ pub fn attach_to(socket: Option<&CStr>) -> Result<(), AttachError> {
 /// Attaches a Rust program's global allocator to the broker that `DCM_SOCKET`
 /// names, or to the machine's. Forked children then find it by themselves.
 /// Until then, and without a broker, everything is in DRAM.
+///
+/// The program says its settings itself, `DcMalloc::with(Config { … })`: neither
+/// variable nor file is read for them.
 ///
 /// ```no_run
 /// use dcmalloc::DcMalloc;

@@ -1,4 +1,5 @@
 //! Who holds which granule of a broker's, by what it has said itself.
+#![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
 

@@ -1,6 +1,7 @@
 //! Thread caches apart from the automatic one (`tcache.create` in
 //! jemalloc(3)): what is freed into one comes out of it again, so that arenas
 //! that have each their own never mix.
+#![forbid(unsafe_code)]
 
 use core::ffi::{c_int, c_uint};
 use tikv_jemalloc_sys as je;

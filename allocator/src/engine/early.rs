@@ -1,5 +1,6 @@
 //! What jemalloc mapped for itself before it had hooks: what was allocated
 //! before the heap started, in DRAM and outside the space.
+#![forbid(unsafe_code)]
 
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

@@ -3,6 +3,7 @@
 use std::env;
 use std::path::Path;
 
+use allocator::Config;
 use allocator::config::SpillDir;
 use allocator::space::rebind::Uffd;
 use rustix::fs::{Mode, OFlags, open, statfs};
@@ -11,6 +12,7 @@ use rustix::process::{Resource, getrlimit};
 use super::finding::Finding;
 use super::machine::Machine;
 use crate::conf;
+use crate::failure::Failure;
 use crate::run::find_library;
 use crate::size::Bytes;
 
@@ -20,7 +22,7 @@ const PER_CLIENT: u64 = 3;
 pub(super) fn look(machine: &Machine) -> Vec<Finding> {
     let text = env::var(conf::VARIABLE).ok();
     let mut findings = vec![library()];
-    findings.extend(settings(text.as_deref()));
+    findings.extend(settings(conf::of_file(), text.as_deref()));
     findings.extend([userfaultfd(), io_uring(machine)]);
     findings.extend(limits());
     findings
@@ -39,24 +41,29 @@ fn library() -> Finding {
 }
 
 /// The settings that programs started from here get, and the directory in them.
-fn settings(text: Option<&str>) -> Vec<Finding> {
+fn settings(file: Result<Config, Failure>, text: Option<&str>) -> Vec<Finding> {
     let what = "settings";
-    match conf::join(text, None, None) {
-        Ok(settings) if settings.text.is_empty() => {
-            vec![Finding::ok(what, "the defaults"), spill(None)]
-        }
+    let refused = |error: Failure| {
+        Finding::missing(
+            what,
+            error.to_string(),
+            "dcm run refuses them; the preloaded library goes on without that one",
+        )
+    };
+    let file = match file {
+        Ok(file) => file,
+        Err(error) => return vec![refused(error)],
+    };
+    match conf::join(file, text, None, None) {
         Ok(settings) => {
+            let found = match settings.changed() {
+                changed if changed.is_empty() => "the defaults".to_owned(),
+                changed => changed,
+            };
             let dir = settings.config.spill_dir;
-            vec![Finding::ok(what, settings.text), spill(dir.as_ref())]
+            vec![Finding::ok(what, found), spill(dir.as_ref())]
         }
-        Err(error) => vec![
-            Finding::missing(
-                what,
-                error.to_string(),
-                "dcm run refuses them; the preloaded library goes on without that one",
-            )
-            .mend(format!("unset {}", conf::VARIABLE)),
-        ],
+        Err(error) => vec![refused(error).mend(format!("unset {}", conf::VARIABLE))],
     }
 }
 
@@ -203,18 +210,20 @@ mod tests {
     #[test]
     fn settings_and_their_directory_are_tried() {
         let verdicts = |text: Option<&str>| -> Vec<Verdict> {
-            settings(text).iter().map(|f| f.verdict).collect()
+            let found = settings(Ok(Config::DEFAULT), text);
+            found.iter().map(|f| f.verdict).collect()
         };
         assert_eq!(verdicts(None), [Verdict::Ok; 2]);
         assert_eq!(verdicts(Some("placment:dc")), [Verdict::Missing]);
-        let found = settings(Some("spill_dir:/nonexistent/spill"));
+        let default = || Ok(Config::DEFAULT);
+        let found = settings(default(), Some("spill_dir:/nonexistent/spill"));
         assert_eq!(found[1].verdict, Verdict::Missing);
         assert_eq!(
             found[1].mend.as_deref(),
             Some("mkdir -p /nonexistent/spill")
         );
         let here = env!("CARGO_MANIFEST_DIR");
-        let found = settings(Some(&format!("spill_dir:{here}")));
+        let found = settings(default(), Some(&format!("spill_dir:{here}")));
         assert_ne!(found[1].verdict, Verdict::Missing, "{found:?}");
         assert!(found[1].found.starts_with(here), "{found:?}");
     }

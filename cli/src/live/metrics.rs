@@ -102,7 +102,7 @@ fn capacity(page: &mut Page, status: &Status) {
     page.family(
         "capacity_bytes",
         "gauge",
-        "Accepted capacity by what it is; the states add up to what is accepted.",
+        "Accepted capacity by what it is; what is with the device at the moment is in none.",
     );
     for (state, bytes) in [
         ("leased", capacity.leased),
@@ -110,6 +110,8 @@ fn capacity(page: &mut Page, status: &Status) {
         ("clean", capacity.clean.saturating_sub(capacity.warm)),
         ("warm", capacity.warm),
         ("stranded", capacity.stranded),
+        ("shared", capacity.shared),
+        ("broken", capacity.broken),
     ] {
         page.sample("capacity_bytes", &[("state", state)], bytes);
     }

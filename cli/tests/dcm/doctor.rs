@@ -47,6 +47,35 @@ fn something_missing_is_exit_code_1_and_a_command_that_mends_it() {
 }
 
 #[test]
+fn settings_are_those_of_the_file_and_of_the_environment() {
+    let dcm = Dcm::new();
+    let file = dcm.directory.path().join("dcmalloc.conf");
+    let look = |text: &str| -> Value {
+        std::fs::write(&file, text).unwrap();
+        let output = dcm
+            .command(&["doctor", "--json"])
+            .env("DCMALLOC_CONF_FILE", &file)
+            .env("DCMALLOC_CONF", "decay:9")
+            .output()
+            .unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        verdict(&report, "settings").clone()
+    };
+    let found = look("# of this machine\nplacement:dc\ndecay:7\n");
+    assert_eq!(found["found"], "placement:dc,decay:9");
+    let found = look("placment:dc");
+    assert_eq!(found["verdict"], "missing");
+    let says = found["found"].as_str().unwrap();
+    assert!(
+        says.contains("dcmalloc.conf: ") && says.contains("`placement`"),
+        "{says}"
+    );
+    assert!(found["mend"].is_null(), "{found}");
+    let found = look(&format!("#{}", "x".repeat(4096)));
+    assert_eq!(found["verdict"], "missing", "{found}");
+}
+
+#[test]
 fn the_broker_and_the_machine_are_looked_at() {
     let dcm = Dcm::new();
     let look = || -> Value {

@@ -82,7 +82,7 @@ fn memory_that_is_there_already_is_lent_taken_out_of_use_and_put_back() {
     assert_eq!(status()["capacity"]["accepted"], 56 * MIB);
     let second = dcm.call(&["serve", "--dax", path, "--socket", "/nowhere/sock"]);
     let second = stderr(&second);
-    assert!(second.contains("is served already"), "{second}");
+    assert!(second.contains("is in use: end the broker"), "{second}");
     program.kill().unwrap();
     program.wait().unwrap();
     assert_eq!(server.terminate(), Some(0));

@@ -4,6 +4,7 @@
 //! that are offline. [`NodeSurface`] is a client of the broker that leases all capacity there is: a
 //! block that it holds whole is put online, and one that is asked back is taken offline, which moves
 //! what is on it elsewhere, and returned. What is not accepted is never online.
+#![forbid(unsafe_code)]
 
 mod memory;
 mod prepare;

@@ -29,8 +29,7 @@ pub const DEGRADED_EXHAUSTED: u64 = 1 << 0;
 pub const DEGRADED_NO_REBIND: u64 = 1 << 1;
 /// [`ClientPage::degraded_flags`]: the connection to the broker was lost.
 pub const DEGRADED_DISCONNECTED: u64 = 1 << 2;
-/// [`ClientPage::degraded_flags`]: the window could not be mapped.
-pub const DEGRADED_NO_WINDOW: u64 = 1 << 3;
+// Bit 3 is free.
 /// [`ClientPage::degraded_flags`]: the configuration had keys or values that were ignored.
 pub const DEGRADED_CONFIG: u64 = 1 << 4;
 /// [`ClientPage::degraded_flags`]: no file can be made in `spill_dir`.

@@ -17,7 +17,7 @@
 //!   `refusal` says who kept what; `forced` is when nobody was asked.
 //! - [`store`] and `ledger` are what outlives this process, `rejoin` how clients
 //!   find back to the broker that comes after it.
-//! - `fork` serves the children of clients that fork.
+//! - `fork` serves the children of clients that fork, `fork_client` is their end of it.
 //! - `lease` and `outgoing` are the table of who holds which granule, without
 //!   any I/O; `liveness` says when a lease ends, `scrub` wipes what it leaves,
 //!   `warmer` has huge pages ready.
@@ -34,6 +34,7 @@ mod driving;
 mod fabric;
 mod forced;
 mod fork;
+mod fork_client;
 mod handover;
 mod helper;
 mod keeping;
@@ -49,6 +50,7 @@ pub mod peer;
 pub mod policy;
 pub mod pressure;
 pub mod protocol;
+mod ranges;
 mod reason;
 mod recall;
 pub mod receipt;

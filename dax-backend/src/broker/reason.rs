@@ -10,10 +10,15 @@ use thiserror::Error;
 #[repr(u64)]
 pub enum RefusedCode {
     /// The protocol versions differ.
-    #[error("the broker speaks another protocol version")]
+    #[error(
+        "the broker speaks another protocol version: use dcm, library and broker of one release"
+    )]
     Version = 1,
     /// `SO_PEERCRED` says that this user is not admitted.
-    #[error("the broker does not admit this user; it serves its own user and root")]
+    #[error(
+        "the broker does not admit this user, or takes no orders of it (status, top, add and \
+         release are for its own user and root): use sudo, or serve a broker of your own"
+    )]
     User = 2,
     /// The first message was no valid hello.
     #[error("the broker could not read the hello")]

@@ -7,6 +7,8 @@
 //! recall goes on as well, until they have answered or another is asked for.
 #![forbid(unsafe_code)]
 
+mod active;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -15,12 +17,14 @@ use super::connection::ConnectionId;
 use super::lease::ClientId;
 use super::outcome::{RecallOutcome, StallTimes};
 use super::protocol::{
-    GRANULE, Kind, MAX_RANGES, Message, RECALL_PAST_DEADLINE, Ranges, RefusalReason, WindowRange,
+    GRANULE, Kind, MAX_RANGES, Message, RECALL_PAST_DEADLINE, RefusalReason, WindowRange,
 };
 use super::receipt::{Origin, Receipt};
 use super::server::Broker;
 use super::status::{RecallAsk, RecallStatus};
 use crate::address::DpaRange;
+use active::Ask;
+pub(super) use active::{ActiveRecall, Declined};
 
 /// A recall that outlives its deadline ends after this long at the latest.
 const OVERDUE: Duration = Duration::from_secs(600);
@@ -105,121 +109,6 @@ impl Recalls {
                 .collect(),
             queued: self.queue.len() as u64,
         })
-    }
-}
-
-/// One message to one client that is not answered yet.
-#[derive(Debug)]
-struct Ask {
-    client: ClientId,
-    bytes: u64,
-    /// Of these: refused.
-    refused: u64,
-}
-
-/// What a client did not return.
-#[derive(Debug)]
-pub(super) struct Declined {
-    pub(super) client: ClientId,
-    pub(super) pid: u32,
-    pub(super) bytes: u64,
-    pub(super) reason: RefusalReason,
-    pub(super) ranges: Ranges,
-}
-
-#[derive(Debug)]
-pub(super) struct ActiveRecall {
-    pub(super) target: Target,
-    pub(super) receipt: Receipt,
-    pub(super) declined: Vec<Declined>,
-    /// The device's words when it did not take something.
-    pub(super) device_error: Option<String>,
-    deadline: Instant,
-    past_deadline: bool,
-    /// It has outlived its deadline.
-    overdue: bool,
-    requester: Option<ConnectionId>,
-    /// When the requester may hear next how far it is, if it wants to.
-    progress: Option<Instant>,
-    requested: Instant,
-    waiting: BTreeMap<u64, Ask>,
-    /// Clients with no more to give.
-    spent: BTreeSet<ClientId>,
-    /// Free bytes marked for this recall and not released yet.
-    pub(super) claimed: u64,
-    /// What clients say they returned and the device has not taken yet.
-    pub(super) said: RecallOutcome,
-    /// Bytes that the device has taken and no client has said a word about yet:
-    /// what clients return goes on at once, their word comes at the end.
-    pub(super) unsaid: u64,
-    /// The deadline has passed; only the device is waited for.
-    closing: bool,
-    /// Marked by this recall, leased or free.
-    marked: Vec<WindowRange>,
-    rounds: u32,
-    asked: bool,
-}
-
-impl ActiveRecall {
-    pub(super) fn missing(&self) -> u64 {
-        let have = self.receipt.returned + self.claimed;
-        self.receipt.asked.saturating_sub(have)
-    }
-
-    /// Whether any client was asked.
-    pub(super) fn has_asked(&self) -> bool {
-        self.asked
-    }
-
-    /// Adds what a client says.
-    fn hear(&mut self, outcome: &RecallOutcome) {
-        self.said.add(outcome);
-        let receipt = &mut self.receipt;
-        receipt.copied = receipt.copied.saturating_add(outcome.copied);
-        receipt.moving_us = receipt.moving_us.max(outcome.moving_us);
-        receipt.stalls.add(&outcome.stalls);
-        self.settle();
-    }
-
-    /// Books what is back under the steps that clients name.
-    pub(super) fn settle(&mut self) {
-        let (receipt, said) = (&mut self.receipt, &mut self.said);
-        for (step, said) in [
-            (&mut receipt.returned_idle, &mut said.idle),
-            (&mut receipt.returned_purged, &mut said.purged),
-            (&mut receipt.returned_dropped, &mut said.dropped),
-            (&mut receipt.returned_to_extents, &mut said.to_extents),
-            (&mut receipt.returned_to_dram, &mut said.to_dram),
-            (&mut receipt.returned_spilled, &mut said.spilled),
-        ] {
-            let bytes = self.unsaid.min(*said);
-            self.unsaid -= bytes;
-            *said -= bytes;
-            *step += bytes;
-        }
-    }
-
-    /// What is back without a word is taken for idle.
-    fn receipt_now(&self, now: Instant) -> Receipt {
-        let mut receipt = self.receipt.clone();
-        receipt.returned_idle += self.unsaid;
-        receipt.duration_us = self.duration_us(now);
-        receipt
-    }
-
-    fn duration_us(&self, now: Instant) -> u64 {
-        let spent = now.max(Instant::now()).duration_since(self.requested);
-        spent.as_micros() as u64
-    }
-
-    fn decline(&mut self, ask: &Ask, pid: u32, reason: RefusalReason) {
-        self.declined.push(Declined {
-            client: ask.client,
-            pid,
-            bytes: ask.bytes - ask.refused,
-            reason,
-            ranges: Ranges::default(),
-        });
     }
 }
 

@@ -75,8 +75,11 @@ pub enum FileError {
         /// Bytes that mappings are multiples of.
         align: u64,
     },
-    /// Another broker has it.
-    #[error("{path} is served already: end the broker that has it, or connect to it")]
+    /// A broker has it, or programs of one that has died.
+    #[error(
+        "{path} is in use: end the broker that serves it or, if that has died, the programs that \
+         still map it"
+    )]
     InUse {
         /// The file.
         path: PathBuf,

@@ -4,6 +4,7 @@
 //! A window lies outside of every BAR, so no driver of the PCI function gives it to programs.
 //! Device-DAX does, with page structures and 2 MiB mappings, for addresses that the kernel was
 //! told to keep (`memmap=…+0xefffffff`).
+#![forbid(unsafe_code)]
 
 pub mod cedt;
 pub mod dax;

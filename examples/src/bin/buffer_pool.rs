@@ -27,9 +27,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use allocator::{DcMalloc, OnExhausted};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use dcmalloc::{DcMalloc, OnExhausted};
 use dcmalloc_examples::draw;
 use dcmalloc_examples::pool::{PAGE, Pool, SLAB_FRAMES};
 

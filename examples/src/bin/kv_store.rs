@@ -25,10 +25,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use allocator::{Config, DcMalloc, Placement};
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Parser;
-use dcmalloc::BrokerSource;
+use dcmalloc::{BrokerSource, Config, DcMalloc, Placement};
 use dcmalloc_examples::draw;
 use dcmalloc_examples::store::{Damaged, Store};
 

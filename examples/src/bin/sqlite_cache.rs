@@ -23,9 +23,9 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use allocator::{DcMalloc, OnExhausted};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use dcmalloc::{DcMalloc, OnExhausted};
 use dcmalloc_examples::{draw, page_cache};
 use rusqlite::Connection;
 

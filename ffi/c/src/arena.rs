@@ -289,7 +289,7 @@ unsafe fn destroy(id: dcm_arena) -> Result<(), Error> {
 
 /// Makes an arena and writes its number to `arena`. `params` may be null.
 ///
-/// The heap starts with the first call, from its settings; see `dcm_configure`.
+/// The heap has started then, from its settings; see `dcm_configure`.
 ///
 /// # Safety
 /// `params` is null or has as many bytes as its `struct_size` says, its texts

@@ -19,9 +19,11 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 static RECEIPT: Mutex<String> = Mutex::new(String::new());
 
-/// Says `conf`, `key:value,…`, before the heap starts, which the first arena
-/// makes it do. It holds over `DCMALLOC_CONF` and the configuration file. One
-/// setting that is wrong makes all of it be refused.
+/// Says `conf`, `key:value,…`, before the heap starts. It starts with the first
+/// call that makes, attaches, pins, opens, gives back or reads something, and
+/// under the preloaded library before `main`. What is said holds over
+/// `DCMALLOC_CONF` and the configuration file. One setting that is wrong makes
+/// all of it be refused.
 ///
 /// # Safety
 /// `conf` is null or a string that ends with a nul.
@@ -72,7 +74,10 @@ pub extern "C" fn dcm_release(bytes: u64, deadline_ms: u64) -> dcm_status {
 
 fn release(bytes: u64, deadline_ms: u64) -> Result<(), Error> {
     heap()?;
-    let socket = process::broker().ok_or_else(|| Error::Broker("there is no broker".into()))?;
+    let socket = process::broker().ok_or_else(|| {
+        let text = "the heap has no broker: call dcm_attach, or start one with `dcm serve`";
+        Error::Broker(text.into())
+    })?;
     let path = Path::new(OsStr::from_bytes(socket.to_bytes()));
     let refused = |error: dax_backend::broker::admin::AdminError| Error::Broker(error.to_string());
     let broker = AdminClient::connect(path).map_err(refused)?;

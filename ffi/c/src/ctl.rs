@@ -11,74 +11,59 @@ use crate::broker::configure;
 use crate::error::{Error, dcm_status, status, text};
 use crate::heap;
 
-/// What can be named.
-#[derive(Clone, Copy, Debug)]
-pub struct Control {
-    /// Its name; a part in capitals stands for many.
-    pub name: &'static str,
-    /// Its type, and whether it can be written.
-    pub kind: &'static str,
-    /// What it says or does.
-    pub help: &'static str,
-}
-
-const fn control(name: &'static str, kind: &'static str, help: &'static str) -> Control {
-    Control { name, kind, help }
-}
-
-/// Every name. The documentation is made from it.
-pub const CONTROLS: &[Control] = &[
-    control("version", "text", "the library's version"),
-    control("config", "text", "the settings in effect, `key:value,…`"),
-    control(
-        "config.KEY",
-        "text, written before the heap starts",
-        "one setting",
-    ),
-    control(
-        "broker.socket",
-        "text",
-        "the broker that the heap is attached to; empty: none",
-    ),
-    control("heap.trim", "action", "gives back what is unused"),
-    control("arenas.count", "number", "arenas that the program has"),
-    control("arenas.max", "number", "arenas that it may have"),
-    control("arena.ID.name", "text", "the arena's name"),
-    control(
-        "arena.ID.allocated",
-        "number",
-        "bytes handed out, with what thread caches keep",
-    ),
-    control("arena.ID.pages", "number", "bytes of pages that it has"),
-    control(
-        "arena.ID.limit",
-        "number",
-        "bytes of pages that it may have; 2^64-1: any",
-    ),
-    control(
-        "arena.ID.over_limit",
-        "number",
-        "how often the limit refused something",
-    ),
-    control(
-        "arena.ID.purge",
-        "action",
-        "gives back pages in which nothing is live",
-    ),
-    control(
-        "stats.FIELD",
-        "number, text or bool (0 or 1)",
-        "a number of `dcm_stats_json`, such as `stats.usage.extent_live`",
-    ),
+/// Every name; a part in capitals stands for many.
+const CONTROLS: &[&str] = &[
+    "version",
+    "config",
+    "config.KEY",
+    "broker.socket",
+    "heap.trim",
+    "arenas.count",
+    "arenas.max",
+    "arena.ID.name",
+    "arena.ID.allocated",
+    "arena.ID.pages",
+    "arena.ID.limit",
+    "arena.ID.over_limit",
+    "arena.ID.lost",
+    "arena.ID.purge",
+    "stats.FIELD",
 ];
 
+/// What a name stands for.
+enum Named {
+    Value(Value),
+    /// `heap.trim`.
+    Trim,
+    /// `arena.ID.purge`, of that arena.
+    Purge(u64),
+}
+
 /// Reads, writes or does what `name` says.
+///
+/// - `version`: text, the library's version
+/// - `config`: text, the settings in effect, `key:value,…`
+/// - `config.KEY`: text, one setting; can be written before the heap starts
+/// - `broker.socket`: text, the broker that the heap is attached to; empty: none
+/// - `heap.trim`: action, gives back what is unused
+/// - `arenas.count`: number, arenas that the program has
+/// - `arenas.max`: number, arenas that it may have
+/// - `arena.ID.name`: text, the name of the arena with that number
+/// - `arena.ID.allocated`: number, bytes handed out, with what thread caches keep
+/// - `arena.ID.pages`: number, bytes of pages that it has
+/// - `arena.ID.limit`: number, bytes of pages that it may have; 2^64-1: any
+/// - `arena.ID.over_limit`: number, how often the limit refused something
+/// - `arena.ID.lost`: number, bytes whose content was lost and reads as zeroes
+/// - `arena.ID.purge`: action, gives back pages in which nothing is live
+/// - `stats.FIELD`: number, text or 0 and 1, a field of `dcm_stats_json`, such as
+///   `stats.usage.extent_live`
 ///
 /// A number is a `uint64_t`; `*oldlenp` is then 8. A text is written with its
 /// nul, `*oldlenp` being the room for it at first and what it takes afterwards;
 /// if that is more, nothing is written and `DCM_SIZE` returned. `oldp` is null where nothing is to
-/// be read. A new value is text, `newlen` bytes of it with or without its nul. An action takes
-/// and returns nothing.
+/// be read. A new value is text, `newlen` bytes of it with or without its nul; what takes none is
+/// refused with `DCM_READ_ONLY`. An action takes and returns nothing: with an `oldp` it is refused
+/// with `DCM_INVALID`, and not done.
 ///
 /// # Safety
 /// `name` is a string; `*oldlenp` bytes can be written at `oldp`, `newlen`
@@ -91,7 +76,7 @@ pub unsafe extern "C" fn dcm_ctl(
     newp: *const c_void,
     newlen: usize,
 ) -> dcm_status {
-    let result = || {
+    let result = || -> Result<(), Error> {
         // SAFETY: the caller's promise.
         let name = unsafe { text(name, "the name") }?;
         if oldp.is_null() != oldlenp.is_null() {
@@ -100,20 +85,30 @@ pub unsafe extern "C" fn dcm_ctl(
         if newp.is_null() && newlen > 0 {
             return Err(Error::Null("the new value"));
         }
-        // What can be read before the heap starts must not start it.
+        // First: whatever is looked up starts the heap, and a setting is written before that.
         if !newp.is_null() {
             // SAFETY: the caller's promise.
             let new = unsafe { core::slice::from_raw_parts(newp.cast::<u8>(), newlen) };
             write(name, new)?;
-        }
-        if newp.is_null() || !oldp.is_null() {
-            let value = read(name)?;
-            if !oldp.is_null() {
-                // SAFETY: the caller's promise.
-                unsafe { hand_out(name, &value, oldp.cast(), &mut *oldlenp) }?;
+            if oldp.is_null() {
+                return Ok(());
             }
         }
-        Ok(())
+        match look_up(name)? {
+            Named::Value(_) if oldp.is_null() => Ok(()),
+            Named::Value(value) => {
+                // SAFETY: the caller's promise.
+                unsafe { hand_out(name, &value, oldp.cast(), &mut *oldlenp) }
+            }
+            _ if !oldp.is_null() => Err(Error::Invalid(format!(
+                "`{name}` gives no value: pass a null oldp"
+            ))),
+            Named::Trim => {
+                heap()?.trim();
+                Ok(())
+            }
+            Named::Purge(arena) => Arena::with(arena, Arena::purge).ok_or(Error::NoArena(arena)),
+        }
     };
     status(result())
 }
@@ -151,7 +146,7 @@ unsafe fn hand_out(
 
 fn write(name: &str, new: &[u8]) -> Result<(), Error> {
     let Some(key) = name.strip_prefix("config.") else {
-        read(name)?;
+        look_up(name)?;
         return Err(Error::ReadOnly(name.into()));
     };
     let new = new.strip_suffix(&[0]).unwrap_or(new);
@@ -159,7 +154,8 @@ fn write(name: &str, new: &[u8]) -> Result<(), Error> {
     configure(&format!("{key}:{value}"))
 }
 
-fn read(name: &str) -> Result<Value, Error> {
+/// Does nothing of what it finds.
+fn look_up(name: &str) -> Result<Named, Error> {
     let heap = heap()?;
     let value = match name.split('.').collect::<Vec<_>>()[..] {
         ["version"] => Some(env!("CARGO_PKG_VERSION").into()),
@@ -169,34 +165,36 @@ fn read(name: &str) -> Result<Value, Error> {
             let socket = process::broker().unwrap_or_default();
             Some(socket.to_string_lossy().into())
         }
-        ["heap", "trim"] => Some(heap.trim().into()),
+        ["heap", "trim"] => return Ok(Named::Trim),
         ["arenas", "count"] => Some(Arena::count().into()),
         ["arenas", "max"] => Some(MAX_ARENAS.into()),
-        ["arena", id, field] => of_arena(id, field)?,
+        ["arena", id, field] => {
+            let named = of_arena(id, field)?;
+            return named.ok_or_else(|| unknown(heap, name));
+        }
         ["stats", ref path @ ..] if !path.is_empty() => statistic(heap, path),
         _ => None,
     };
-    value.ok_or_else(|| unknown(heap, name))
+    value.map(Named::Value).ok_or_else(|| unknown(heap, name))
 }
 
-fn of_arena(id: &str, field: &str) -> Result<Option<Value>, Error> {
+fn of_arena(id: &str, field: &str) -> Result<Option<Named>, Error> {
     let number = id
         .parse()
         .map_err(|_| Error::Invalid(format!("`{id}` is no arena's number")))?;
     Arena::with(number, |arena| {
         let stats = arena.stats();
-        Some(match field {
+        let value: Value = match field {
             "name" => arena.name().into(),
             "allocated" => stats.allocated.into(),
             "pages" => stats.pages.into(),
             "limit" => stats.limit.unwrap_or(u64::MAX).into(),
             "over_limit" => stats.over_limit.into(),
-            "purge" => {
-                arena.purge();
-                Value::Null
-            }
+            "lost" => stats.lost.into(),
+            "purge" => return Some(Named::Purge(number)),
             _ => return None,
-        })
+        };
+        Some(Named::Value(value))
     })
     .ok_or(Error::NoArena(number))
 }
@@ -214,7 +212,7 @@ fn statistic(heap: &'static Heap, path: &[&str]) -> Option<Value> {
 }
 
 fn unknown(heap: &'static Heap, name: &str) -> Error {
-    let mut names: Vec<String> = CONTROLS.iter().map(|known| known.name.into()).collect();
+    let mut names: Vec<String> = CONTROLS.iter().map(|known| (*known).into()).collect();
     names.extend(KEYS.iter().map(|key| format!("config.{}", key.name)));
     if let Ok(Value::Object(stats)) = serde_json::to_value(heap.stats()) {
         for (field, value) in &stats {

@@ -64,7 +64,7 @@ pub(crate) enum Error {
     OtherArena { ptr: usize, owner: u64, arena: u64 },
     #[error("there is no `{name}`: did you mean `{nearest}`?")]
     Unknown { name: String, nearest: String },
-    #[error("`{0}` can only be read")]
+    #[error("`{0}` takes no new value")]
     ReadOnly(String),
     #[error("`{name}` takes {needed} bytes, not {given}")]
     Size {
@@ -108,7 +108,7 @@ impl Error {
             Self::Pin(PinError::Foreign { .. }) => DCM_FOREIGN,
             Self::Pin(PinError::TooMany) => DCM_TOO_MANY,
             Self::Pin(_) => DCM_NO_MEMORY,
-            Self::Arena(ArenaError::TooMany) => DCM_TOO_MANY,
+            Self::Arena(ArenaError::TooMany | ArenaError::Tags) => DCM_TOO_MANY,
             Self::Arena(ArenaError::Engine) => DCM_NO_MEMORY,
             Self::Arena(ArenaError::NoSpace | ArenaError::Thread(_)) => DCM_SYSTEM,
             Self::Arena(_) => DCM_INVALID,

@@ -47,7 +47,8 @@ pub extern "C" fn dcm_calloc(arena: dcm_arena, count: usize, size: usize) -> *mu
 }
 
 /// `size` bytes at a multiple of `align`, which is a power of two; as
-/// `dcm_malloc`.
+/// `dcm_malloc`. It lies where the arena's placement says, also when aligned as
+/// for direct I/O: pin what a device works on.
 #[unsafe(no_mangle)]
 pub extern "C" fn dcm_aligned_alloc(arena: dcm_arena, align: usize, size: usize) -> *mut c_void {
     if !align.is_power_of_two() {

@@ -80,6 +80,32 @@ static void names_that_are_none(void)
     CHECK(dcm_attach(path) == DCM_BROKER && dcm_attach("/nowhere") == DCM_BROKER);
 }
 
+/* What does something has no value to be read or written, and is not done for the attempt. */
+static void actions_have_no_value(void)
+{
+    dcm_arena arena;
+    CHECK(dcm_arena_create(NULL, &arena) == DCM_OK);
+    char purge[64], lost[64];
+    snprintf(purge, sizeof purge, "arena.%llu.purge", (unsigned long long)arena);
+    snprintf(lost, sizeof lost, "arena.%llu.lost", (unsigned long long)arena);
+    const char *actions[] = {"heap.trim", purge};
+    for (size_t i = 0; i < sizeof actions / sizeof *actions; i++) {
+        uint64_t value = 77;
+        size_t size = sizeof value;
+        CHECK(dcm_ctl(actions[i], &value, &size, NULL, 0) == DCM_INVALID && value == 77);
+        CHECK(strstr(dcm_last_error(), "pass a null oldp"));
+        CHECK(dcm_ctl(actions[i], NULL, NULL, "1", 1) == DCM_READ_ONLY);
+        CHECK(dcm_ctl(actions[i], NULL, NULL, NULL, 0) == DCM_OK);
+    }
+    CHECK(dcm_ctl("heap.trimm", NULL, NULL, "1", 1) == DCM_UNKNOWN);
+    CHECK(strstr(dcm_last_error(), "did you mean `heap.trim`?"));
+    uint64_t value = 77;
+    size_t size = sizeof value;
+    CHECK(dcm_ctl(lost, &value, &size, NULL, 0) == DCM_OK && value == 0);
+    CHECK(dcm_arena_destroy(arena) == DCM_OK);
+    CHECK(dcm_ctl(purge, NULL, NULL, NULL, 0) == DCM_NO_ARENA);
+}
+
 static void settings_too_late(void)
 {
     char value[16];
@@ -181,8 +207,9 @@ int main(void)
 {
     static const struct behaviour behaviours[] = {
         BEHAVIOUR(null_pointers),      BEHAVIOUR(wrong_sizes),
-        BEHAVIOUR(names_that_are_none), BEHAVIOUR(settings_too_late),
-        BEHAVIOUR(callbacks_that_block), BEHAVIOUR(second_copy),
+        BEHAVIOUR(names_that_are_none), BEHAVIOUR(actions_have_no_value),
+        BEHAVIOUR(settings_too_late),  BEHAVIOUR(callbacks_that_block),
+        BEHAVIOUR(second_copy),
     };
     if (dcm_configure("decay:66") != DCM_OK || dcm_ctl("config.decay", NULL, NULL, "77", 2) != DCM_OK)
         return 2;

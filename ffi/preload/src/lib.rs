@@ -12,8 +12,9 @@
 //!
 //! *Life.* Calls before the constructor are served from DRAM. The constructor
 //! starts the heap and connects it to the broker. Nothing here aborts, unwinds,
-//! or writes to stderr unless `verbose:true`. dlclose(3) leaves the library in
-//! place (`-z nodelete`): memory that it gave out outlives any handle.
+//! or writes to stderr unless `verbose:true`, `confirm_conf` or `stats_print`
+//! asks, or memory is lost. dlclose(3) leaves the library in place
+//! (`-z nodelete`): memory that it gave out outlives any handle.
 
 pub mod introspect;
 pub mod jemalloc;

@@ -4,6 +4,7 @@
 //! merges some. When the last are taken between a granule's content being
 //! taken away and its backing being put in place, giving these up lets the
 //! move end.
+#![forbid(unsafe_code)]
 
 use super::PAGE;
 use super::staging::{advise, map_nothing, unmap};
