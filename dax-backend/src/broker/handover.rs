@@ -45,6 +45,16 @@ impl Broker {
         });
     }
 
+    /// What is with the device stays so, also if it took that by force and has
+    /// offered it anew before it got the order: the order is for that as well.
+    pub(super) fn keep_leaving(&mut self) {
+        if let Some(leaving) = &self.leaving {
+            for (_, slots) in &leaving.parts {
+                self.table.leave_free(slots);
+            }
+        }
+    }
+
     /// The device is done with an order. What it did not take becomes ordinary
     /// free memory again.
     pub(super) fn handed_over(&mut self, result: Result<(), String>, now: Instant) {

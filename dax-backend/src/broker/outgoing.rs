@@ -93,6 +93,15 @@ impl LeaseTable {
         }
     }
 
+    /// As [`Self::leave`], what of `ranges` is free.
+    pub(super) fn leave_free(&mut self, ranges: &[WindowRange]) {
+        for index in ranges.iter().flat_map(|range| granules(*range)) {
+            if self.slots[index].is_free() {
+                self.set(index, Slot::Leaving);
+            }
+        }
+    }
+
     /// The device did not take `ranges`: they may be leased again.
     pub(super) fn stay(&mut self, ranges: &[WindowRange]) {
         for index in ranges.iter().flat_map(|range| granules(*range)) {

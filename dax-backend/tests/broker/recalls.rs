@@ -7,7 +7,7 @@ use dax_backend::broker::admin::{AdminReply, AdminRequest, ReleaseTarget};
 use dax_backend::broker::receipt::{DpaSpan, HexDpa, Origin};
 use dax_backend::broker::{GRANULE, RecallOutcome, RefusalReason, WindowRange};
 use dax_backend::extent::ExtentTag;
-use dax_backend::model::{Fault, FaultKind, ReleasePolicy};
+use dax_backend::model::{AddPolicy, AddRequest, Fault, FaultKind, ReleasePolicy};
 use dax_backend::orchestrator::Orchestrator;
 
 use crate::process::{Forked, lease_and_scribble};
@@ -341,6 +341,51 @@ fn what_was_taken_by_force_is_lent_again_only_when_its_holder_has_let_go() {
     let (again, _) = next.lease(4);
     assert_eq!(again, lost.as_slice());
     assert!(is_zero(next.memory(), &again));
+}
+
+/// Both records are in the log when the device is polled: the extent list is as before, and its
+/// bytes are somebody else's.
+#[test]
+fn what_was_taken_and_offered_again_at_once_is_lost_all_the_same() {
+    let rig = Rig::new(&[8]);
+    let holder = rig.client();
+    let (held, _) = holder.lease(4);
+    rig.until(Duration::from_secs(2), |status| {
+        status.capacity.free == 4 * GRANULE
+    });
+    let taken = rig.model.memory_span();
+    let taken = dax_backend::address::DpaRange {
+        len: 6 * GRANULE,
+        ..taken
+    };
+    let fabric = rig.model.fabric();
+    rig.model.mute_event_status(true);
+    fabric
+        .release(&ReleasePolicy::Prescriptive(vec![taken]), true)
+        .unwrap();
+    let foreign = vec![0xa5; 6 * GRANULE as usize];
+    rustix::io::pwrite(rig.model.memory(), &foreign, 0).unwrap();
+    let request = AddRequest {
+        policy: AddPolicy::Prescriptive(vec![taken]),
+        region: 0,
+        tag: ExtentTag::NULL,
+    };
+    fabric.add(&request).unwrap();
+    rig.model.mute_event_status(false);
+
+    let (_, bytes, lost, is_lost) = holder.next_recall();
+    assert_eq!((bytes, is_lost), (4 * GRANULE, true));
+    assert_eq!(lost.as_slice(), held);
+    let capacity = rig.status().capacity;
+    assert_eq!(
+        (capacity.accepted, capacity.leased, capacity.lost),
+        (8 * GRANULE, 0, 4 * GRANULE)
+    );
+    // What was free is not zero any more.
+    let next = rig.client();
+    let (granted, _) = next.lease(8);
+    assert_eq!(total(&granted), 4 * GRANULE);
+    assert!(is_zero(next.memory(), &granted));
 }
 
 #[test]

@@ -154,6 +154,18 @@ fn what_is_lost_belongs_to_nobody_until_it_is_let_go_of() {
 }
 
 #[test]
+fn what_was_taken_and_offered_again_is_lost_and_not_zero() {
+    let mut table = table(&[extent(0, 4)]);
+    table.grant(A, 2 * GRANULE, ExtentTag::NULL);
+    let synced = table.take(&[extent(1, 2).range]);
+    let lost = table.sync(&[extent(0, 4)], |_| false, |_| false);
+    assert_eq!(lost.after(synced).lost, [(A, range_of(1, 1))]);
+    let counts = table.counts();
+    assert_eq!((counts.leased, counts.lost), (1, 1));
+    assert_eq!((counts.dirty, counts.clean), (1, 1));
+}
+
+#[test]
 fn what_is_broken_goes_to_nobody_but_the_device() {
     let mut table = table(&[extent(0, 2)]);
     table.broke(0);
