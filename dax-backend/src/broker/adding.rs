@@ -224,7 +224,7 @@ impl Broker {
         let gone = self.table.take(&taken);
         let synced = self.sync_capacity().after(gone);
         if !taken.is_empty() {
-            self.keep_leaving();
+            self.taken_from_leaving(&taken);
         }
         if !taken.is_empty() || synced.has_lost() {
             self.taken_by_force(&taken, &synced, now);

@@ -18,7 +18,7 @@ use super::driving::DeviceThread;
 use super::fabric::FabricThread;
 use super::forced::PendingForce;
 use super::fork::{ForkFamily, Forks, ServeFamily};
-use super::handover::Leaving;
+use super::handover::{Leaving, Untaken};
 use super::lease::{ClientId, LeaseTable, Synced};
 use super::ledger::Ledger;
 use super::listener::Listener;
@@ -117,6 +117,7 @@ pub struct Broker {
     pub(super) outcomes: Vec<Outcome>,
     /// With the device at the moment.
     pub(super) leaving: Option<Leaving>,
+    pub(super) untaken: Untaken,
     /// Accepted but in no granule, and wanted back.
     pub(super) stranded: Vec<DpaRange>,
     pub(super) counters: BrokerCounters,
@@ -198,6 +199,7 @@ impl Broker {
             look_again: now,
             outcomes: Vec::new(),
             leaving: None,
+            untaken: Untaken::default(),
             stranded: Vec::new(),
             counters: BrokerCounters::default(),
             started: now,
