@@ -51,6 +51,10 @@ impl Broker {
             return;
         }
         let mut parts = self.table.releasable();
+        // An extent that goes as a whole takes its ends along.
+        let goes = |end: &DpaRange| parts.iter().any(|(range, _)| range.contains(end));
+        self.stranded.retain(|end| !goes(end));
+        DpaRange::coalesce(&mut self.stranded);
         parts.retain(|(range, _)| !self.untaken.has(range));
         parts.extend(self.stranded.drain(..).map(|range| (range, Vec::new())));
         if parts.is_empty() {
