@@ -662,11 +662,16 @@ impl LeaseTable {
             .extents
             .iter_mut()
             .find(|extent| extent.slots().contains(&index));
-        let accepted = extent.is_some();
+        let free = match &extent {
+            None => Slot::Absent,
+            // Offered anew under what was lost: other hosts have it, and it is not to be wiped.
+            Some(extent) if extent.shared => Slot::Shared,
+            Some(_) => Slot::Dirty,
+        };
         if let Some(extent) = extent.filter(|_| was_leased) {
             extent.leased -= 1;
         }
-        self.set(index, if accepted { Slot::Dirty } else { Slot::Absent });
+        self.set(index, free);
         if was_leased { GRANULE } else { 0 }
     }
 }

@@ -166,6 +166,22 @@ fn what_was_taken_and_offered_again_is_lost_and_not_zero() {
 }
 
 #[test]
+fn what_is_shared_when_it_is_let_go_of_is_not_wiped() {
+    let mut table = table(&[extent(0, 2)]);
+    table.grant(A, 2 * GRANULE, ExtentTag::NULL);
+    table.sync(&[], |_| true, |_| false);
+    let shared = Extent {
+        shared_seq: 1,
+        ..tagged(0, 2, 7)
+    };
+    table.sync(&[shared], |_| false, |_| false);
+    table.give_back(A, range_of(0, 1)).unwrap();
+    table.end(A);
+    assert_eq!(table.next_dirty(), None);
+    assert_eq!((table.counts().shared, table.counts().lost), (2, 0));
+}
+
+#[test]
 fn what_is_broken_goes_to_nobody_but_the_device() {
     let mut table = table(&[extent(0, 2)]);
     table.broke(0);
