@@ -297,6 +297,9 @@ impl Broker {
     }
 
     fn start_recalls(&mut self, now: Instant) {
+        if !self.knows_use() {
+            return;
+        }
         if !self.recalls.queue.is_empty()
             && let Some(recall) = self
                 .recalls

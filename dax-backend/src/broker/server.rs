@@ -118,6 +118,7 @@ pub struct Broker {
     /// With the device at the moment.
     pub(super) leaving: Option<Leaving>,
     pub(super) untaken: Untaken,
+    in_use_known: bool,
     /// Accepted but in no granule, and wanted back.
     pub(super) stranded: Vec<DpaRange>,
     pub(super) counters: BrokerCounters,
@@ -200,6 +201,7 @@ impl Broker {
             outcomes: Vec::new(),
             leaving: None,
             untaken: Untaken::default(),
+            in_use_known: config.admit != Admit::Itself,
             stranded: Vec::new(),
             counters: BrokerCounters::default(),
             started: now,
@@ -388,6 +390,14 @@ impl Broker {
                 Phase::New { since } => now.saturating_duration_since(since) < HELLO_PATIENCE,
                 _ => true,
             });
+    }
+
+    /// Whether the table says what is in use. What makes something else of the capacity may have
+    /// left it in use when an earlier broker ended, and nothing is free before it has its lease.
+    pub(super) fn knows_use(&mut self) -> bool {
+        let answered = |client: &Client| client.leased > 0 || client.is_starving();
+        self.in_use_known |= self.clients.values().any(answered);
+        self.in_use_known
     }
 
     /// Takes over what the device says is accepted.
