@@ -252,6 +252,23 @@ fn what_an_earlier_broker_left_online_is_offline_before_the_device_gets_it() {
     rig.until(BLOCK, &[1]);
 }
 
+/// Nobody can be asked, but the kernel must not go on using it.
+#[test]
+fn what_is_taken_by_force_is_taken_offline() {
+    let rig = Rig::new();
+    rig.add(&[2 * BLOCK]);
+    rig.until(2 * BLOCK, &[0, 1]);
+    rig.settle_states();
+    let taken = rig.range(BLOCK, BLOCK);
+    Orchestrator::release(&mut rig.model.fabric(), &[taken], true).unwrap();
+    rig.until(BLOCK, &[0]);
+    // Then it is let go of, and may come again.
+    rig.add(&[BLOCK]);
+    rig.until(2 * BLOCK, &[0, 1]);
+    let capacity = rig.status().capacity;
+    assert_eq!((capacity.leased, capacity.lost), (2 * BLOCK, 0));
+}
+
 #[test]
 fn programs_get_no_lease_of_what_is_memory_of_a_node() {
     let rig = Rig::new();
