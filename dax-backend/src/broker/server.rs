@@ -226,6 +226,8 @@ impl Broker {
         if synced.has_lost() {
             broker.taken_by_force(&[], &synced, now);
         }
+        // What an earlier broker had marked and not given to the device yet may be free.
+        broker.claim_for_recall();
         Ok(broker)
     }
 
