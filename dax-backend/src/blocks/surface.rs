@@ -13,6 +13,13 @@ use crate::broker::{
     WindowRange,
 };
 
+/// How long the kernel may take to empty blocks without capacity. Nobody waits for them.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How often it is asked again to empty blocks that the device has taken, and for how long: recalls
+/// wait meanwhile.
+const AGAIN: Duration = Duration::from_secs(30);
+const PATIENCE_AGAIN: Duration = Duration::from_secs(5);
+
 /// What is leased of a window, and which memory blocks of it are online.
 #[derive(Debug)]
 pub struct NodeSurface {
@@ -23,6 +30,8 @@ pub struct NodeSurface {
     held: Vec<DpaRange>,
     /// Blocks that are online, all of which are held.
     online: BTreeSet<u64>,
+    /// What the device has taken by force and is held still: its blocks could not be emptied.
+    lost: Vec<DpaRange>,
 }
 
 /// What came of a request for memory.
@@ -44,6 +53,7 @@ impl NodeSurface {
             window,
             held: Vec::new(),
             online: BTreeSet::new(),
+            lost: Vec::new(),
         }
     }
 
@@ -67,8 +77,11 @@ impl NodeSurface {
     ) -> Result<std::convert::Infallible, ClientError> {
         client.request_lease(welcome.window_len)?;
         let mut settled = false;
+        let mut next_try = Instant::now();
         loop {
-            match client.recv(None)? {
+            let wait = next_try.saturating_duration_since(Instant::now());
+            let wait = (!self.lost.is_empty()).then_some(wait);
+            match client.recv(wait)? {
                 Some(FromBroker::Grant { ranges, last, .. }) => {
                     self.granted(ranges.as_slice());
                     // What is not held after the first answer has no business online.
@@ -79,6 +92,15 @@ impl NodeSurface {
                 }
                 Some(FromBroker::CapacityAvailable) => {
                     client.request_lease(welcome.window_len)?;
+                }
+                // There is nothing to answer, and no deadline.
+                Some(FromBroker::Recall {
+                    ranges, lost: true, ..
+                }) => {
+                    self.lose(ranges.as_slice());
+                    self.let_go(client, PATIENCE)?;
+                    next_try = Instant::now() + AGAIN;
+                    self.count(&welcome.page);
                 }
                 Some(FromBroker::Recall {
                     id,
@@ -100,7 +122,18 @@ impl NodeSurface {
                 }
                 Some(FromBroker::DramShort) | None => {}
             }
+            if !self.lost.is_empty() && next_try <= Instant::now() {
+                self.let_go(client, PATIENCE_AGAIN)?;
+                next_try = Instant::now() + AGAIN;
+                self.count(&welcome.page);
+            }
         }
+    }
+
+    /// Lets go of what is lost, as far as that goes within `patience`.
+    fn let_go(&mut self, client: &BrokerClient, patience: Duration) -> Result<(), ClientError> {
+        let given = self.give_lost(Instant::now() + patience);
+        client.return_ranges(&given.ranges)
     }
 
     fn answer(
@@ -137,6 +170,9 @@ impl NodeSurface {
     pub fn granted(&mut self, ranges: &[WindowRange]) {
         self.held.extend(ranges.iter().copied().map(stretch));
         DpaRange::coalesce(&mut self.held);
+        for range in ranges {
+            self.lost = without(&self.lost, &stretch(*range));
+        }
         for block in self.blocks.within(self.window) {
             let range = self.range_of(block);
             if self.online.contains(&block) || !self.holds(&range) {
@@ -160,12 +196,27 @@ impl NodeSurface {
             if self.online.contains(&block) || !self.blocks.is_online(block) {
                 continue;
             }
-            let deadline = Instant::now() + Duration::from_secs(60);
+            let deadline = Instant::now() + PATIENCE;
             match self.blocks.take_offline(block, deadline) {
                 Ok(()) => tracing::warn!(block, "memory block was online without capacity"),
                 Err(error) => tracing::error!(block, %error, "memory without capacity is in use"),
             }
         }
+    }
+
+    /// The device has taken `ranges`, whatever is there.
+    pub fn lose(&mut self, ranges: &[WindowRange]) {
+        self.lost.extend(ranges.iter().copied().map(stretch));
+        DpaRange::coalesce(&mut self.lost);
+    }
+
+    /// Gives up what is lost; what stays is tried again the next time.
+    pub fn give_lost(&mut self, deadline: Instant) -> Given {
+        let wanted: Vec<WindowRange> = self.lost.drain(..).map(shrink).collect();
+        let given = self.give(&wanted, 0, deadline);
+        let stays = given.refused.iter().map(|(range, _)| *range);
+        self.lost = stays.map(stretch).collect();
+        given
     }
 
     /// Gives up `wanted`, or any `bytes` if it is empty: by whole blocks of what is online.
@@ -186,11 +237,7 @@ impl NodeSurface {
                     let whole = self.range_of(block);
                     if whole.intersects(&part) {
                         touched.insert(block);
-                        rest = rest
-                            .iter()
-                            .flat_map(|piece| piece.subtract(&whole))
-                            .flatten()
-                            .collect();
+                        rest = without(&rest, &whole);
                     }
                 }
                 free.extend(rest);
@@ -220,12 +267,7 @@ impl NodeSurface {
         }
         DpaRange::coalesce(&mut free);
         for range in &free {
-            self.held = self
-                .held
-                .iter()
-                .flat_map(|held| held.subtract(range))
-                .flatten()
-                .collect();
+            self.held = without(&self.held, range);
         }
         given.ranges = free.into_iter().map(shrink).collect();
         given
@@ -235,12 +277,7 @@ impl NodeSurface {
     fn cheapest(&self, bytes: u64) -> Vec<DpaRange> {
         let mut offline = self.held.clone();
         for &block in &self.online {
-            let whole = self.range_of(block);
-            offline = offline
-                .iter()
-                .flat_map(|piece| piece.subtract(&whole))
-                .flatten()
-                .collect();
+            offline = without(&offline, &self.range_of(block));
         }
         let online = self.online.iter().rev().map(|block| self.range_of(*block));
         let mut left = bytes;
@@ -268,6 +305,12 @@ impl NodeSurface {
             len: self.blocks.size(),
         }
     }
+}
+
+/// `ranges` without `cut`.
+fn without(ranges: &[DpaRange], cut: &DpaRange) -> Vec<DpaRange> {
+    let pieces = ranges.iter().flat_map(|range| range.subtract(cut));
+    pieces.flatten().collect()
 }
 
 /// A range of the window, to be counted with.
@@ -406,6 +449,23 @@ mod tests {
             [(range(128, 128), RefusalReason::CannotMove)]
         );
         assert_eq!(rig.surface.online(), BLOCK);
+    }
+
+    #[test]
+    fn what_is_lost_and_in_use_is_tried_until_it_is_free() {
+        let mut rig = Rig::new();
+        rig.surface.granted(&[range(0, 256)]);
+        fs::remove_file(rig.state(1)).unwrap();
+        fs::create_dir(rig.state(1)).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        rig.surface.lose(&[range(64, 96)]);
+        assert_eq!(rig.surface.give_lost(deadline).ranges, [range(0, 128)]);
+        assert_eq!(rig.surface.give_lost(deadline).ranges, []);
+        fs::remove_dir(rig.state(1)).unwrap();
+        rig.set(1, "online\n");
+        assert_eq!(rig.surface.give_lost(deadline).ranges, [range(128, 128)]);
+        assert_eq!(rig.surface.give_lost(deadline), Given::default());
+        assert_eq!(rig.surface.online(), 0);
     }
 
     #[test]

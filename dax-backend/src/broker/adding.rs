@@ -220,7 +220,12 @@ impl Broker {
                 }
             }
         }
-        let synced = self.sync_capacity();
+        // What was taken may be offered again already: then the list looks as before.
+        let gone = self.table.take(&taken);
+        let synced = self.sync_capacity().after(gone);
+        if !taken.is_empty() {
+            self.taken_from_leaving(&taken);
+        }
         if !taken.is_empty() || synced.has_lost() {
             self.taken_by_force(&taken, &synced, now);
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::handover::describe;
 use super::helper::{Helper, Outbox};
-use super::protocol::WindowRange;
+use super::protocol::{GRANULE, WindowRange};
 use super::scrub::Window;
 use crate::address::{Dpa, DpaRange};
 use crate::capacity::{CapacityDevice, DeviceCounters, DeviceEvent};
@@ -241,12 +241,37 @@ impl Driver {
         }
     }
 
+    /// What of `ranges` the device has not taken by force since it was ordered to go back.
+    fn held(&self, ranges: &[DpaRange]) -> Vec<DpaRange> {
+        let held = |range| {
+            let accepted = self.device.accepted().iter();
+            accepted.filter_map(move |extent| extent.range.intersection(range))
+        };
+        ranges.iter().flat_map(held).collect()
+    }
+
+    /// The granules of `slots` that are held whole.
+    fn held_slots(&self, slots: WindowRange) -> Vec<WindowRange> {
+        let base = self.device.dc_span().start.0;
+        let range = DpaRange {
+            start: Dpa(base + slots.offset),
+            len: slots.len,
+        };
+        let whole = |part: &DpaRange| {
+            let offset = (part.start.0 - base).next_multiple_of(GRANULE);
+            let end = (part.end().0 - base) / GRANULE * GRANULE;
+            let len = end.saturating_sub(offset);
+            (len > 0).then_some(WindowRange { offset, len })
+        };
+        self.held(&[range]).iter().filter_map(whole).collect()
+    }
+
     /// Whoever gets the memory next need not be careful: it is wiped first.
     fn release(&mut self, slots: &[WindowRange], ranges: &[DpaRange]) -> Option<Report> {
-        for range in slots {
-            self.window.discard(*range);
+        for range in slots.iter().flat_map(|range| self.held_slots(*range)) {
+            self.window.discard(range);
         }
-        if let Err(error) = self.device.release(ranges) {
+        if let Err(error) = self.device.release(&self.held(ranges)) {
             self.unsettled = Some(describe(&error));
             return None;
         }

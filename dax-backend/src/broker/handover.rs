@@ -1,13 +1,16 @@
 //! What is marked and free goes to the device.
 #![forbid(unsafe_code)]
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::protocol::WindowRange;
 use super::recall::ActiveRecall;
 use super::receipt::DpaSpan;
 use super::server::Broker;
 use crate::address::DpaRange;
+
+/// After so long the device is offered once more what it asked for and did not take.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// What the device is taking back at the moment.
 #[derive(Debug)]
@@ -18,6 +21,26 @@ pub(super) struct Leaving {
     unasked: bool,
     /// The recall that claimed some of it, and the bytes.
     claim: Option<(u64, u64)>,
+    /// Taken by force since the order was given.
+    taken: Vec<DpaRange>,
+}
+
+/// What the device did not take, and when it gets it again: not at once, because what it refuses
+/// now it is likely to refuse then.
+#[derive(Debug, Default)]
+pub(super) struct Untaken {
+    ranges: Vec<DpaRange>,
+    again: Option<Instant>,
+}
+
+impl Untaken {
+    fn is_due(&self, now: Instant) -> bool {
+        self.again.is_some_and(|again| again <= now)
+    }
+
+    fn has(&self, range: &DpaRange) -> bool {
+        self.ranges.iter().any(|untaken| untaken.intersects(range))
+    }
 }
 
 impl Broker {
@@ -28,6 +51,11 @@ impl Broker {
             return;
         }
         let mut parts = self.table.releasable();
+        // An extent that goes as a whole takes its ends along.
+        let goes = |end: &DpaRange| parts.iter().any(|(range, _)| range.contains(end));
+        self.stranded.retain(|end| !goes(end));
+        DpaRange::coalesce(&mut self.stranded);
+        parts.retain(|(range, _)| !self.untaken.has(range));
         parts.extend(self.stranded.drain(..).map(|range| (range, Vec::new())));
         if parts.is_empty() {
             return;
@@ -42,11 +70,33 @@ impl Broker {
             parts,
             unasked: recall.is_none_or(|recall| !recall.has_asked()),
             claim: recall.map(|recall| (recall.receipt.id, recall.claimed)),
+            taken: Vec::new(),
         });
     }
 
+    /// The device has taken `ranges` by force. What is on its way to it stays so,
+    /// also if it has offered it anew before it got the order: the order is for
+    /// that as well.
+    pub(super) fn taken_from_leaving(&mut self, ranges: &[DpaRange]) {
+        if let Some(leaving) = &mut self.leaving {
+            leaving.taken.extend(ranges);
+            for (_, slots) in &leaving.parts {
+                self.table.leave_free(slots);
+            }
+        }
+    }
+
+    /// Whether it is time to offer again what the device did not take; once.
+    pub(super) fn offers_again(&mut self, now: Instant) -> bool {
+        let due = self.untaken.is_due(now);
+        if due {
+            self.untaken = Untaken::default();
+        }
+        due
+    }
+
     /// The device is done with an order. What it did not take becomes ordinary
-    /// free memory again.
+    /// free memory again, but for what it asked for.
     pub(super) fn handed_over(&mut self, result: Result<(), String>, now: Instant) {
         let Some(leaving) = self.leaving.take() else {
             return;
@@ -54,9 +104,11 @@ impl Broker {
         let mut released = Vec::new();
         for (range, slots) in leaving.parts {
             if self.table.accepted_in(&range) == 0 {
-                released.push(range);
+                released.extend(without(range, &leaving.taken));
             } else {
                 self.table.stay(&slots);
+                self.untaken.ranges.push(range);
+                self.untaken.again = Some(now + AGAIN);
             }
         }
         let mut recall = self.recalls.active.take();
@@ -79,6 +131,14 @@ impl Broker {
             self.go_on(recall, now);
         }
     }
+}
+
+/// `range` without what was `taken`.
+fn without(range: DpaRange, taken: &[DpaRange]) -> Vec<DpaRange> {
+    taken.iter().fold(vec![range], |left, taken| {
+        let pieces = left.iter().flat_map(|piece| piece.subtract(taken));
+        pieces.flatten().collect()
+    })
 }
 
 /// Books what went back to the device: as free if nobody was asked yet, and

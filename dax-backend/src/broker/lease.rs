@@ -151,6 +151,13 @@ impl Synced {
     pub(super) fn has_lost(&self) -> bool {
         !(self.lost.is_empty() && self.shared_lost.is_empty())
     }
+
+    /// What was meant by `earlier` is meant as well.
+    pub(super) fn after(mut self, earlier: Self) -> Self {
+        self.lost.extend(earlier.lost);
+        self.shared_lost.extend(earlier.shared_lost);
+        self
+    }
 }
 
 /// The table.
@@ -249,32 +256,7 @@ impl LeaseTable {
                     if fresh == Slot::Absent
                         || (old == Slot::Shared) != (fresh == Slot::Shared) =>
                 {
-                    self.outgoing[index] = false;
-                    self.wanted[index] = false;
-                    self.huge[index] = false;
-                    self.set(index, fresh);
-                    if old == Slot::Shared
-                        && let Some(tag) = self.mapped_there(&before, index)
-                    {
-                        self.set(index, Slot::SharedLost);
-                        let gone = range_of(index, 1);
-                        match synced.shared_lost.last_mut() {
-                            Some((same, last)) if *same == tag && last.end() == gone.offset => {
-                                last.len += GRANULE;
-                            }
-                            _ => synced.shared_lost.push((tag, gone)),
-                        }
-                    }
-                    if let Slot::Leased(client) = old {
-                        self.set(index, Slot::Lost(client));
-                        let gone = range_of(index, 1);
-                        match synced.lost.last_mut() {
-                            Some((id, last)) if *id == client && last.end() == gone.offset => {
-                                last.len += GRANULE;
-                            }
-                            _ => synced.lost.push((client, gone)),
-                        }
-                    }
+                    self.replace(index, fresh, &before, &mut synced);
                 }
                 _ => {}
             }
@@ -287,6 +269,44 @@ impl LeaseTable {
                 .count();
         }
         synced
+    }
+
+    /// The device has taken `ranges`, even if it has offered them anew since:
+    /// [`Self::sync`] says afterwards what is there now.
+    pub(super) fn take(&mut self, ranges: &[DpaRange]) -> Synced {
+        let mut synced = Synced::default();
+        let before = std::mem::take(&mut self.extents);
+        for index in 0..self.slots.len() {
+            let gone = self.dpa(range_of(index, 1));
+            let was = self.slots[index];
+            let is_gone = matches!(was, Slot::Absent | Slot::Lost(_) | Slot::SharedLost);
+            if !is_gone && ranges.iter().any(|range| range.intersects(&gone)) {
+                self.replace(index, Slot::Absent, &before, &mut synced);
+            }
+        }
+        self.extents = before;
+        synced
+    }
+
+    /// What slot `index` was is gone, and there is `fresh` instead. Whoever had
+    /// it has lost it. The extents were those of `before`.
+    fn replace(&mut self, index: usize, fresh: Slot, before: &[ExtentSlots], synced: &mut Synced) {
+        let old = self.slots[index];
+        let gone = range_of(index, 1);
+        self.outgoing[index] = false;
+        self.wanted[index] = false;
+        self.huge[index] = false;
+        self.set(index, fresh);
+        if old == Slot::Shared
+            && let Some(tag) = self.mapped_there(before, index)
+        {
+            self.set(index, Slot::SharedLost);
+            push_lost(&mut synced.shared_lost, tag, gone);
+        }
+        if let Slot::Leased(client) = old {
+            self.set(index, Slot::Lost(client));
+            push_lost(&mut synced.lost, client, gone);
+        }
     }
 
     /// Leases up to `bytes` (rounded up to granules) of zeroed memory with this
@@ -642,11 +662,16 @@ impl LeaseTable {
             .extents
             .iter_mut()
             .find(|extent| extent.slots().contains(&index));
-        let accepted = extent.is_some();
+        let free = match &extent {
+            None => Slot::Absent,
+            // Offered anew under what was lost: other hosts have it, and it is not to be wiped.
+            Some(extent) if extent.shared => Slot::Shared,
+            Some(_) => Slot::Dirty,
+        };
         if let Some(extent) = extent.filter(|_| was_leased) {
             extent.leased -= 1;
         }
-        self.set(index, if accepted { Slot::Dirty } else { Slot::Absent });
+        self.set(index, free);
         if was_leased { GRANULE } else { 0 }
     }
 }
@@ -669,6 +694,14 @@ pub(super) fn push_merged(ranges: &mut Vec<WindowRange>, range: WindowRange) {
     match ranges.last_mut() {
         Some(last) if last.end() == range.offset => last.len += range.len,
         _ => ranges.push(range),
+    }
+}
+
+/// As [`push_merged`], for what each `of` has lost.
+fn push_lost<T: PartialEq>(lost: &mut Vec<(T, WindowRange)>, of: T, range: WindowRange) {
+    match lost.last_mut() {
+        Some((same, last)) if *same == of && last.end() == range.offset => last.len += range.len,
+        _ => lost.push((of, range)),
     }
 }
 

@@ -93,14 +93,24 @@ impl LeaseTable {
         }
     }
 
-    /// The device did not take `ranges`: they may be leased again.
+    /// As [`Self::leave`], what of `ranges` is free.
+    pub(super) fn leave_free(&mut self, ranges: &[WindowRange]) {
+        for index in ranges.iter().flat_map(|range| granules(*range)) {
+            if self.slots[index].is_free() {
+                self.set(index, Slot::Leaving);
+            }
+        }
+    }
+
+    /// The device did not take `ranges`: they may be leased again, but for what
+    /// it asked for, which stays marked.
     pub(super) fn stay(&mut self, ranges: &[WindowRange]) {
         for index in ranges.iter().flat_map(|range| granules(*range)) {
             if self.slots[index] == Slot::Leaving {
                 self.set(index, Slot::Dirty);
             }
+            self.outgoing[index] = self.wanted[index];
         }
-        self.unmark(ranges);
     }
 
     /// Bytes that are free for anybody, wiped or not, and not marked.

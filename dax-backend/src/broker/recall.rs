@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::admin::AdminReply;
 use super::connection::ConnectionId;
+use super::handover::Untaken;
 use super::lease::ClientId;
 use super::outcome::{RecallOutcome, StallTimes};
 use super::protocol::{
@@ -124,6 +125,9 @@ impl Broker {
         if let Some(recall) = self.recalls.active.take_if(|recall| recall.deadline <= now) {
             self.deadline_passed(recall, now);
         }
+        if self.offers_again(now) {
+            self.recalls.returned = true;
+        }
         if self.recalls.active.is_none() && std::mem::take(&mut self.recalls.returned) {
             self.hand_over(None);
         }
@@ -182,6 +186,9 @@ impl Broker {
     }
 
     fn start_recalls(&mut self, now: Instant) {
+        if !self.knows_use() {
+            return;
+        }
         if !self.recalls.queue.is_empty()
             && let Some(recall) = self
                 .recalls
@@ -209,6 +216,8 @@ impl Broker {
             deadline_ms = request.patience.as_millis() as u64,
             "recall starts"
         );
+        // Who asks gets an answer of the device's now.
+        self.untaken = Untaken::default();
         // Who let go a moment ago keeps nothing.
         self.probe_readers(now, true);
         let mut recall = ActiveRecall {

@@ -74,7 +74,8 @@ impl Broker {
                 start: Dpa(span.dpa.0),
                 len: span.len,
             };
-            missing -= gone.intersection(range).map_or(0, |part| part.len);
+            let part = gone.intersection(range).map_or(0, |part| part.len);
+            missing = missing.saturating_sub(part);
         }
         let mut explain = |part: DpaRange, reason, pid, detail| {
             missing = missing.saturating_sub(part.len);

@@ -18,7 +18,7 @@ use super::driving::DeviceThread;
 use super::fabric::FabricThread;
 use super::forced::PendingForce;
 use super::fork::{ForkFamily, Forks, ServeFamily};
-use super::handover::Leaving;
+use super::handover::{Leaving, Untaken};
 use super::lease::{ClientId, LeaseTable, Synced};
 use super::ledger::Ledger;
 use super::listener::Listener;
@@ -117,6 +117,8 @@ pub struct Broker {
     pub(super) outcomes: Vec<Outcome>,
     /// With the device at the moment.
     pub(super) leaving: Option<Leaving>,
+    pub(super) untaken: Untaken,
+    in_use_known: bool,
     /// Accepted but in no granule, and wanted back.
     pub(super) stranded: Vec<DpaRange>,
     pub(super) counters: BrokerCounters,
@@ -198,6 +200,8 @@ impl Broker {
             look_again: now,
             outcomes: Vec::new(),
             leaving: None,
+            untaken: Untaken::default(),
+            in_use_known: config.admit != Admit::Itself,
             stranded: Vec::new(),
             counters: BrokerCounters::default(),
             started: now,
@@ -222,6 +226,8 @@ impl Broker {
         if synced.has_lost() {
             broker.taken_by_force(&[], &synced, now);
         }
+        // What an earlier broker had marked and not given to the device yet may be free.
+        broker.claim_for_recall();
         Ok(broker)
     }
 
@@ -386,6 +392,14 @@ impl Broker {
                 Phase::New { since } => now.saturating_duration_since(since) < HELLO_PATIENCE,
                 _ => true,
             });
+    }
+
+    /// Whether the table says what is in use. What makes something else of the capacity may have
+    /// left it in use when an earlier broker ended, and nothing is free before it has its lease.
+    pub(super) fn knows_use(&mut self) -> bool {
+        let answered = |client: &Client| client.leased > 0 || client.is_starving();
+        self.in_use_known |= self.clients.values().any(answered);
+        self.in_use_known
     }
 
     /// Takes over what the device says is accepted.

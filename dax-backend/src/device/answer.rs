@@ -125,12 +125,18 @@ impl<M: Mmio> DcDevice<M> {
         loop {
             let (now, later) = rest.split_at(rest.len().min(per_command));
             let first = rest.len() == ranges.len();
-            match self.send_one(now, !later.is_empty())? {
+            let sent = self.send_one(now, !later.is_empty());
+            // Whatever comes of this command, the device may have taken those before it.
+            self.answer_sent |= !first;
+            match sent? {
                 ReturnCode::Success if later.is_empty() => return Ok(Sent::Taken),
                 ReturnCode::Success => rest = later,
                 // A device that knows no continued answers has closed the group by now.
                 _ if !first && self.keep_listed()? => return Ok(Sent::Taken),
-                code => return Ok(Sent::Refused(code)),
+                code => {
+                    self.answer_sent = false;
+                    return Ok(Sent::Refused(code));
+                }
             }
         }
     }

@@ -1,8 +1,8 @@
 //! Capacity as memory of a NUMA node, with files in place of the kernel's memory blocks.
 
 use std::fs;
-use std::path::PathBuf;
-use std::thread;
+use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use dax_backend::address::{DpaRange, Hpa, HpaWindow};
@@ -36,43 +36,69 @@ struct Rig {
     model: SoftwareDevice,
     root: tempfile::TempDir,
     stop: Stop,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Rig {
     fn new() -> Self {
+        let rig = Self::without_surface();
+        rig.put_online();
+        rig
+    }
+
+    /// A broker whose capacity nobody has leased yet.
+    fn without_surface() -> Self {
         let root = tempfile::tempdir().unwrap();
-        let model = SoftwareDevice::new(ModelConfig::one_region(BLOCKS * BLOCK)).unwrap();
-        let config = DeviceConfig {
-            prepare: Box::new(WholeBlocks { size: BLOCK }),
-            ..DeviceConfig::default()
-        };
-        let device = DcDevice::open(model.mmio(), config).unwrap();
-        let span = device.dc_span();
         let memory = root.path().join("devices/system/memory");
         for block in FIRST..FIRST + BLOCKS {
             fs::create_dir_all(memory.join(format!("memory{block}"))).unwrap();
             fs::write(memory.join(format!("memory{block}/state")), "offline\n").unwrap();
         }
         fs::write(memory.join("block_size_bytes"), "8000000\n").unwrap();
-        let config = BrokerConfig {
-            admit: Admit::Itself,
-            warm_reserve: 0,
-            recall_deadline: LIMIT,
-            ..BrokerConfig::default()
-        };
-        let window = Window::hollow(span.len).unwrap();
-        let broker = Broker::new(Box::new(Cleared(device)), None, window, config).unwrap();
-        let path = root.path().join("broker.sock");
-        let (stop, _) = serve(&path, broker);
+        let model = SoftwareDevice::new(ModelConfig::one_region(BLOCKS * BLOCK)).unwrap();
+        let (stop, thread) = serve_node(&model, &root.path().join("broker.sock"));
+        Self {
+            model,
+            root,
+            stop,
+            thread: Some(thread),
+        }
+    }
+
+    /// Ends the broker, lets `meanwhile` happen, and starts another one without a surface.
+    fn restart(&mut self, meanwhile: impl FnOnce(&Self)) {
+        self.stop.now();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+        self.settle_states();
+        meanwhile(self);
+        let (stop, thread) = serve_node(&self.model, &self.path());
+        (self.stop, self.thread) = (stop, Some(thread));
+    }
+
+    /// Blocks that are online say so as the kernel does.
+    fn settle_states(&self) {
+        for block in self.online() {
+            fs::write(self.state(block), "online\n").unwrap();
+        }
+    }
+
+    /// Has a surface lease all there is.
+    fn put_online(&self) {
         let window = HpaWindow {
             base: Hpa(FIRST * BLOCK),
-            len: span.len,
+            len: BLOCKS * BLOCK,
         };
-        let blocks = MemoryBlocks::of(&Sysfs::new(root.path())).unwrap();
+        let blocks = MemoryBlocks::of(&Sysfs::new(self.root.path())).unwrap();
         let mut surface = NodeSurface::new(blocks, window);
-        let (client, welcome) = BrokerClient::connect(&socket_of(&path), 0).unwrap();
+        let (client, welcome) = BrokerClient::connect(&socket_of(&self.path()), 0).unwrap();
         thread::spawn(move || surface.serve(&client, &welcome));
-        Self { model, root, stop }
+    }
+
+    fn state(&self, block: u64) -> PathBuf {
+        let memory = self.root.path().join("devices/system/memory");
+        memory.join(format!("memory{}/state", FIRST + block))
     }
 
     fn path(&self) -> PathBuf {
@@ -86,15 +112,11 @@ impl Rig {
 
     /// Blocks of the window that were told to be online.
     fn online(&self) -> Vec<u64> {
-        let memory = self.root.path().join("devices/system/memory");
         let is_online = |block: &u64| {
-            let state = memory.join(format!("memory{}/state", FIRST + block));
-            let state = fs::read_to_string(state).unwrap();
-            assert!(
-                ["offline\n", "online_movable", ""].contains(&state.as_str()),
-                "{state}"
-            );
-            state == "online_movable"
+            let state = fs::read_to_string(self.state(*block)).unwrap();
+            let states = ["offline\n", "online_movable", "online\n", ""];
+            assert!(states.contains(&state.as_str()), "{state}");
+            state.starts_with("online")
         };
         (0..BLOCKS).filter(is_online).collect()
     }
@@ -148,6 +170,24 @@ impl Rig {
     }
 }
 
+/// A broker of whole blocks over `model`, at `path`.
+fn serve_node(model: &SoftwareDevice, path: &Path) -> (Stop, JoinHandle<()>) {
+    let config = DeviceConfig {
+        prepare: Box::new(WholeBlocks { size: BLOCK }),
+        ..DeviceConfig::default()
+    };
+    let device = DcDevice::open(model.mmio(), config).unwrap();
+    let config = BrokerConfig {
+        admit: Admit::Itself,
+        warm_reserve: 0,
+        recall_deadline: LIMIT,
+        ..BrokerConfig::default()
+    };
+    let window = Window::hollow(device.dc_span().len).unwrap();
+    let broker = Broker::new(Box::new(Cleared(device)), None, window, config).unwrap();
+    serve(path, broker)
+}
+
 impl Drop for Rig {
     fn drop(&mut self) {
         self.stop.now();
@@ -183,8 +223,7 @@ fn a_block_that_cannot_be_emptied_keeps_its_extent() {
     let rig = Rig::new();
     rig.add(&[BLOCK]);
     rig.until(BLOCK, &[0]);
-    let state = format!("devices/system/memory/memory{FIRST}/state");
-    let state = rig.root.path().join(state);
+    let state = rig.state(0);
     fs::remove_file(&state).unwrap();
     fs::create_dir(&state).unwrap();
     let receipt = rig.release(rig.range(0, BLOCK));
@@ -194,6 +233,40 @@ fn a_block_that_cannot_be_emptied_keeps_its_extent() {
         "the client could not move it"
     );
     assert_eq!(rig.status().capacity.accepted, BLOCK);
+}
+
+/// An earlier broker has left blocks online, and the device has asked for one of them since: it
+/// is in use, although nobody has leased it yet.
+#[test]
+fn what_an_earlier_broker_left_online_is_offline_before_the_device_gets_it() {
+    let mut rig = Rig::new();
+    rig.add(&[2 * BLOCK]);
+    rig.until(2 * BLOCK, &[0, 1]);
+    rig.restart(|rig| {
+        let asked = rig.range(0, BLOCK);
+        Orchestrator::release(&mut rig.model.fabric(), &[asked], false).unwrap();
+    });
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(rig.status().capacity.accepted, 2 * BLOCK);
+    rig.put_online();
+    rig.until(BLOCK, &[1]);
+}
+
+/// Nobody can be asked, but the kernel must not go on using it.
+#[test]
+fn what_is_taken_by_force_is_taken_offline() {
+    let rig = Rig::new();
+    rig.add(&[2 * BLOCK]);
+    rig.until(2 * BLOCK, &[0, 1]);
+    rig.settle_states();
+    let taken = rig.range(BLOCK, BLOCK);
+    Orchestrator::release(&mut rig.model.fabric(), &[taken], true).unwrap();
+    rig.until(BLOCK, &[0]);
+    // Then it is let go of, and may come again.
+    rig.add(&[BLOCK]);
+    rig.until(2 * BLOCK, &[0, 1]);
+    let capacity = rig.status().capacity;
+    assert_eq!((capacity.leased, capacity.lost), (2 * BLOCK, 0));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use dax_backend::broker::admin::{AdminReply, AdminRequest, ReleaseTarget};
 use dax_backend::broker::receipt::{DpaSpan, HexDpa, Origin};
 use dax_backend::broker::{GRANULE, RecallOutcome, RefusalReason, WindowRange};
 use dax_backend::extent::ExtentTag;
-use dax_backend::model::{Fault, FaultKind, ReleasePolicy};
+use dax_backend::model::{AddPolicy, AddRequest, Fault, FaultKind, ReleasePolicy};
 use dax_backend::orchestrator::Orchestrator;
 
 use crate::process::{Forked, lease_and_scribble};
@@ -343,6 +343,51 @@ fn what_was_taken_by_force_is_lent_again_only_when_its_holder_has_let_go() {
     assert!(is_zero(next.memory(), &again));
 }
 
+/// Both records are in the log when the device is polled: the extent list is as before, and its
+/// bytes are somebody else's.
+#[test]
+fn what_was_taken_and_offered_again_at_once_is_lost_all_the_same() {
+    let rig = Rig::new(&[8]);
+    let holder = rig.client();
+    let (held, _) = holder.lease(4);
+    rig.until(Duration::from_secs(2), |status| {
+        status.capacity.free == 4 * GRANULE
+    });
+    let taken = rig.model.memory_span();
+    let taken = dax_backend::address::DpaRange {
+        len: 6 * GRANULE,
+        ..taken
+    };
+    let fabric = rig.model.fabric();
+    rig.model.mute_event_status(true);
+    fabric
+        .release(&ReleasePolicy::Prescriptive(vec![taken]), true)
+        .unwrap();
+    let foreign = vec![0xa5; 6 * GRANULE as usize];
+    rustix::io::pwrite(rig.model.memory(), &foreign, 0).unwrap();
+    let request = AddRequest {
+        policy: AddPolicy::Prescriptive(vec![taken]),
+        region: 0,
+        tag: ExtentTag::NULL,
+    };
+    fabric.add(&request).unwrap();
+    rig.model.mute_event_status(false);
+
+    let (_, bytes, lost, is_lost) = holder.next_recall();
+    assert_eq!((bytes, is_lost), (4 * GRANULE, true));
+    assert_eq!(lost.as_slice(), held);
+    let capacity = rig.status().capacity;
+    assert_eq!(
+        (capacity.accepted, capacity.leased, capacity.lost),
+        (8 * GRANULE, 0, 4 * GRANULE)
+    );
+    // What was free is not zero any more.
+    let next = rig.client();
+    let (granted, _) = next.lease(8);
+    assert_eq!(total(&granted), 4 * GRANULE);
+    assert!(is_zero(next.memory(), &granted));
+}
+
 #[test]
 fn force_needs_a_range_and_somebody_to_use_it() {
     let rig = Rig::new(&[8]);
@@ -400,6 +445,72 @@ fn what_the_device_does_not_take_stays_usable() {
         (8 * GRANULE, 0)
     );
     assert_eq!(total(&rig.client().lease(8).0), 8 * GRANULE);
+}
+
+fn granules_of(rig: &Rig, first: u64, count: u64) -> dax_backend::address::DpaRange {
+    let span = rig.range(first, count);
+    dax_backend::address::DpaRange {
+        start: dax_backend::address::Dpa(span.dpa.0),
+        len: span.len,
+    }
+}
+
+#[test]
+fn what_the_device_asked_for_and_did_not_take_it_gets_again_after_a_while() {
+    let rig = Rig::new(&[8]);
+    rig.model
+        .inject(Fault::on(0x4803, FaultKind::ReturnCode(0x3)));
+    let wanted = vec![granules_of(&rig, 0, 4)];
+    let asks = ReleasePolicy::Prescriptive(wanted);
+    rig.model.fabric().release(&asks, false).unwrap();
+    let status = rig.until(Duration::from_secs(2), |status| !status.receipts.is_empty());
+    assert_eq!(status.receipts[0].refused[0].reason, RefusalReason::Device);
+    // Nobody gets it meanwhile.
+    assert_eq!(status.capacity.outgoing, 4 * GRANULE);
+    assert_eq!(total(&rig.client().lease(8).0), 4 * GRANULE);
+    rig.until(Duration::from_secs(5), |status| {
+        status.capacity.accepted == 4 * GRANULE
+    });
+    assert_eq!(rig.model.audit().count(0x4803), 2);
+}
+
+/// The device asks for an extent and takes half of it by force before it gets the rest: at once
+/// when that is known by then, and in the second attempt when it is not.
+#[test]
+fn what_is_left_of_an_extent_taken_by_force_goes_where_it_was_to_go() {
+    for known in [true, false] {
+        let mut rig = Rig::new(&[8]);
+        let client = rig.client();
+        let (held, _) = client.lease(8);
+        let release = |first, count, forced| {
+            let policy = ReleasePolicy::Prescriptive(vec![granules_of(&rig, first, count)]);
+            rig.model.fabric().release(&policy, forced).unwrap();
+        };
+        release(0, 8, false);
+        let (id, ..) = client.next_recall();
+        if known {
+            // The order comes while the device is being polled.
+            let slowly = FaultKind::Delay(Duration::from_millis(400));
+            rig.model.inject(Fault::on(0x0100, slowly));
+        } else {
+            rig.model.mute_event_status(true);
+        }
+        release(0, 4, true);
+        if known {
+            thread::sleep(Duration::from_millis(100));
+        }
+        client.give_back(&held);
+        answer(&client, id, 8, 0, 0, &[]);
+        let status = rig.until(Duration::from_secs(5), |status| {
+            status.capacity.accepted == 0 && status.receipts.len() == 2
+        });
+        if known {
+            assert_eq!(status.device.last_error, None);
+            let returned: u64 = status.receipts.iter().map(|r| r.returned).sum();
+            assert_eq!(returned, 8 * GRANULE, "{:?}", status.receipts);
+        }
+        assert_eq!(rig.listed(), []);
+    }
 }
 
 #[test]

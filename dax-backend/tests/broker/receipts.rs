@@ -4,11 +4,15 @@
 use std::thread;
 use std::time::Duration;
 
+use dax_backend::address::DpaRange;
 use dax_backend::broker::admin::{AdminReply, AdminRequest, ReleaseTarget};
 use dax_backend::broker::{
     GRANULE, RecallOutcome, Receipt, RefusalReason, StallTimes, WindowRange,
 };
-use dax_backend::model::{ModelConfig, ModelRegion, SoftwareDevice};
+use dax_backend::extent::ExtentTag;
+use dax_backend::model::{
+    AddPolicy, AddRequest, ModelConfig, ModelRegion, ReleasePolicy, SoftwareDevice,
+};
 
 use crate::rig::{Rig, Setup};
 
@@ -204,6 +208,46 @@ fn what_shares_a_device_block_with_memory_in_use_says_so() {
         (Some(rig.range(5, 3).dpa), 3, RefusalReason::BlockInUse),
     ];
     assert_eq!(said, wanted);
+}
+
+/// Blocks under 2 MiB: the end of an extent lies in no granule, and goes with the whole once.
+#[test]
+fn the_ends_of_an_extent_are_booked_once() {
+    const MIB: u64 = 1 << 20;
+    let region = ModelRegion {
+        block_size: MIB,
+        ..ModelRegion::of(512 << 20)
+    };
+    let config = ModelConfig {
+        dc_regions: vec![region],
+        ..ModelConfig::default()
+    };
+    let setup = Setup {
+        offer: &[],
+        ..Setup::default()
+    };
+    let rig = Rig::over(SoftwareDevice::new(config).unwrap(), setup);
+    let extent = DpaRange {
+        len: 5 * MIB,
+        ..rig.model.memory_span()
+    };
+    let request = AddRequest {
+        policy: AddPolicy::Prescriptive(vec![extent]),
+        region: 0,
+        tag: ExtentTag::NULL,
+    };
+    let fabric = rig.model.fabric();
+    fabric.add(&request).unwrap();
+    rig.until(Duration::from_secs(2), |status| {
+        status.capacity.accepted == 5 * MIB
+    });
+    let asks = ReleasePolicy::Prescriptive(vec![extent]);
+    fabric.release(&asks, false).unwrap();
+    let status = rig.until(Duration::from_secs(2), |status| !status.receipts.is_empty());
+    let receipt = &status.receipts[0];
+    assert_eq!((receipt.asked, receipt.returned), (5 * MIB, 5 * MIB));
+    assert_eq!(receipt.refused, []);
+    assert_eq!(status.capacity.accepted, 0);
 }
 
 #[test]

@@ -3,12 +3,13 @@
 use std::thread;
 use std::time::Duration;
 
+use dax_backend::address::DpaRange;
 use dax_backend::broker::admin::ReleaseTarget;
 use dax_backend::broker::protocol::RefusedCode;
 use dax_backend::broker::{
     BrokerClient, ConnectError, FromBroker, GRANULE, RecallOutcome, WindowRange,
 };
-use dax_backend::model::ReleasePolicy;
+use dax_backend::model::{Fault, FaultKind, ReleasePolicy};
 
 use crate::rig::{Client, PATIENCE, Rig, is_zero, scribble, total};
 
@@ -65,6 +66,22 @@ fn leases_outlive_the_broker_and_its_successor_recalls_them() {
     assert!(again.welcome.client_id > second.welcome.client_id);
     let listed: u64 = rig.listed().iter().map(|extent| extent.range.len).sum();
     assert_eq!(listed, 14 * GRANULE);
+}
+
+#[test]
+fn what_the_device_did_not_take_yet_it_gets_from_the_next_broker() {
+    let mut rig = Rig::new(&[8]);
+    rig.model
+        .inject(Fault::on(0x4803, FaultKind::ReturnCode(0x3)));
+    let wanted = DpaRange {
+        len: 4 * GRANULE,
+        ..rig.model.memory_span()
+    };
+    let asks = ReleasePolicy::Prescriptive(vec![wanted]);
+    rig.model.fabric().release(&asks, false).unwrap();
+    rig.until(PATIENCE, |status| !status.receipts.is_empty());
+    rig.restart(|_| ());
+    rig.until(PATIENCE, |status| status.capacity.accepted == 4 * GRANULE);
 }
 
 #[test]

@@ -167,6 +167,44 @@ fn answering_11_refused_continuation_keeps_what_is_listed() {
     assert_eq!(device.model().audit().groups_pending, 0);
 }
 
+/// A device that knows no continued answers has taken the first command, and what becomes of the
+/// second is not known at once: the answer is not sent again, and the next group keeps its own.
+#[test]
+fn answering_11_continuation_of_unknown_outcome_does_not_answer_the_next_group() {
+    only_on_the_model!("the device goes wrong on order");
+    for opcode in [0x4802, 0x4801] {
+        let device = test_device(ModelConfig {
+            qemu_quirks: true,
+            ..ModelConfig::default()
+        });
+        let mut driver = device.open();
+        device.offer(&device.scattered(0, 100));
+        let next = device.offer(&[device.blocks(300, 1)]);
+        if opcode == 0x4802 {
+            // Busy from the second on, for longer than the driver tries.
+            for after in [1, 0, 0, 0] {
+                device.model().inject(Fault {
+                    opcode: Some(opcode),
+                    after,
+                    kind: FaultKind::ReturnCode(0x05),
+                });
+            }
+        } else {
+            // The list that tells what was taken.
+            device.model().inject(Fault::on(opcode, FaultKind::Hang));
+        }
+        assert!(driver.poll().is_err());
+        device.model().clear_faults();
+        device.model().reset();
+        let (accepted, rejected) = outcome(&driver.poll().unwrap());
+        assert_eq!((accepted.len(), rejected.len()), (86, 15), "{opcode:#x}");
+        assert!(accepted.ends_with(&next));
+        assert_eq!(driver.listed().unwrap(), driver.accepted());
+        let audit = device.model().audit();
+        assert_eq!((audit.groups_pending, audit.spurious_answers), (0, 0));
+    }
+}
+
 #[test]
 fn answering_12_nothing_is_answered_when_nothing_was_offered() {
     only_on_the_model!("the device is asked for a forced release");

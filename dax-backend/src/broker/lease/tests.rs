@@ -154,6 +154,34 @@ fn what_is_lost_belongs_to_nobody_until_it_is_let_go_of() {
 }
 
 #[test]
+fn what_was_taken_and_offered_again_is_lost_and_not_zero() {
+    let mut table = table(&[extent(0, 4)]);
+    table.grant(A, 2 * GRANULE, ExtentTag::NULL);
+    let synced = table.take(&[extent(1, 2).range]);
+    let lost = table.sync(&[extent(0, 4)], |_| false, |_| false);
+    assert_eq!(lost.after(synced).lost, [(A, range_of(1, 1))]);
+    let counts = table.counts();
+    assert_eq!((counts.leased, counts.lost), (1, 1));
+    assert_eq!((counts.dirty, counts.clean), (1, 1));
+}
+
+#[test]
+fn what_is_shared_when_it_is_let_go_of_is_not_wiped() {
+    let mut table = table(&[extent(0, 2)]);
+    table.grant(A, 2 * GRANULE, ExtentTag::NULL);
+    table.sync(&[], |_| true, |_| false);
+    let shared = Extent {
+        shared_seq: 1,
+        ..tagged(0, 2, 7)
+    };
+    table.sync(&[shared], |_| false, |_| false);
+    table.give_back(A, range_of(0, 1)).unwrap();
+    table.end(A);
+    assert_eq!(table.next_dirty(), None);
+    assert_eq!((table.counts().shared, table.counts().lost), (2, 0));
+}
+
+#[test]
 fn what_is_broken_goes_to_nobody_but_the_device() {
     let mut table = table(&[extent(0, 2)]);
     table.broke(0);
