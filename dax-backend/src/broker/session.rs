@@ -256,7 +256,7 @@ impl Broker {
 
     fn welcome(&mut self, id: ConnectionId, run: Option<Uuid>) -> Result<(), RefusedCode> {
         let liveness = Liveness::new().map_err(|_| RefusedCode::Full)?;
-        let client = self.table.ledger.next_client();
+        let client = self.new_number();
         let span = self.device.span();
         let peer = self.connections.get(&id).ok_or(RefusedCode::Full)?.peer;
         let record = ClientRecord {
@@ -310,6 +310,17 @@ impl Broker {
         welcomed.pidfd = pidfd;
         self.clients.insert(client, welcomed);
         Ok(())
+    }
+
+    /// A number that nobody has: no client, and no family of one that is gone.
+    /// There are more numbers than places for either.
+    fn new_number(&mut self) -> ClientId {
+        loop {
+            let number = self.table.ledger.next_client();
+            if !self.table.ledger.has_client(number) && !self.forks.has_family(number) {
+                return number;
+            }
+        }
     }
 
     fn lease_requested(&mut self, id: ClientId, message: &Message) {

@@ -67,6 +67,17 @@ pub(super) struct Readers {
 }
 
 impl Readers {
+    /// A number that none of them has.
+    fn new_number(&mut self) -> ReaderId {
+        loop {
+            self.last = self.last.wrapping_add(1);
+            let number = ReaderId(self.last);
+            if !self.by_id.contains_key(&number) {
+                return number;
+            }
+        }
+    }
+
     /// When one of them is to be looked after.
     pub(super) fn due(&self) -> Option<Instant> {
         let probes = self.by_id.values().filter_map(|r| r.probe.as_ref());
@@ -190,8 +201,7 @@ impl Broker {
         let to = self.connections.get_mut(&connection);
         let to = to.ok_or(SharedCode::Full)?;
         let Peer { pid, uid, .. } = to.peer;
-        self.readers.last += 1;
-        let id = ReaderId(self.readers.last);
+        let id = self.readers.new_number();
         let reader = Reader {
             tag,
             pid,

@@ -149,6 +149,11 @@ impl Forks {
         self.desks.is_empty()
     }
 
+    /// Whether this client has a family, which may outlive it.
+    pub(super) fn has_family(&self, client: ClientId) -> bool {
+        self.desks.contains_key(&client)
+    }
+
     /// What to wait for.
     pub(super) fn poll_fds(&self) -> impl Iterator<Item = PollFd<'_>> {
         self.desks.values().map(|desk| {
@@ -178,8 +183,8 @@ impl ClientId {
     }
 }
 
-/// The bit that makes a client's number its family's. Clients would have to
-/// come for years, a thousand a second, to reach it.
+/// The bit that makes a client's number its family's. A thousand clients a
+/// second reach it in 25 days: then their numbers begin anew.
 const FAMILY: u32 = 1 << 31;
 
 impl Broker {
