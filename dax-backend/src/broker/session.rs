@@ -24,6 +24,8 @@ use crate::extent::ExtentTag;
 
 /// Messages read from one socket before the others get their turn.
 const BURST: usize = 32;
+/// Requests of one client that wait until memory is wiped.
+const REQUESTS: usize = 1024;
 /// Tags that are remembered of one client.
 const TAGS: usize = 16;
 
@@ -165,7 +167,7 @@ impl Broker {
         match (connection.phase, message.kind()) {
             (Phase::New { .. }, Some(Kind::Hello)) => self.hello(id, message, now),
             (Phase::Rejoining(client), Some(Kind::Held)) => self.held(id, client, message, now),
-            (Phase::Client(client), Some(Kind::Lease)) => {
+            (Phase::Client(client), Some(Kind::Lease)) if self.may_request(client) => {
                 self.lease_requested(client, message);
             }
             (Phase::Client(client), Some(Kind::ForkSetUp)) => {
@@ -321,6 +323,12 @@ impl Broker {
                 return number;
             }
         }
+    }
+
+    /// Whether as many requests as nobody has on purpose are unanswered.
+    fn may_request(&self, id: ClientId) -> bool {
+        let waiting = self.clients.get(&id).map_or(0, |c| c.requests.len());
+        waiting < REQUESTS
     }
 
     fn lease_requested(&mut self, id: ClientId, message: &Message) {

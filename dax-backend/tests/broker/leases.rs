@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use dax_backend::broker::client_page::PAGE_SIZE;
 use dax_backend::broker::protocol::MAX_RANGES;
-use dax_backend::broker::{FromBroker, GRANULE, WindowRange};
+use dax_backend::broker::{BrokerClient, FromBroker, GRANULE, WindowRange};
 
 use crate::process::{Forked, LIFETIME, lease_and_scribble};
-use crate::rig::{Rig, is_zero, scribble, total};
+use crate::rig::{PATIENCE, Rig, is_zero, scribble, total};
 
 #[test]
 fn leased_memory_is_zero_and_wiped_between_clients() {
@@ -193,4 +193,19 @@ fn what_a_dead_client_counted_is_still_known() {
     assert_eq!(report.total.extent_live_peak, 400);
     assert_eq!(report.total.share_on_extents(), Some(0.5));
     assert_eq!(report.processes.len(), 2);
+}
+
+#[test]
+fn who_asks_and_never_reads_is_cut_off() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    let (held, _) = client.lease(4);
+    let cut_off = (0..20_000).find_map(|_| client.broker.request_lease(0).err());
+    assert!(cut_off.is_some(), "answers pile up");
+    let status = rig.until(PATIENCE, |status| !status.clients[0].connected);
+    assert_eq!(status.clients[0].leased, 4 * GRANULE);
+    // It may come back.
+    let (id, page) = (client.welcome.client_id, &client.welcome.page);
+    let back = BrokerClient::rejoin(&rig.socket(), id, page, held.into_iter());
+    assert!(back.is_ok(), "{back:?}");
 }
