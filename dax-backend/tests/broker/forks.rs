@@ -8,9 +8,11 @@ use std::time::Duration;
 use dax_backend::broker::admin::{AdminReply, AdminRequest, ReleaseTarget};
 use dax_backend::broker::client::ForkLine;
 use dax_backend::broker::protocol::SharedRun;
-use dax_backend::broker::protocol::{Kind, MESSAGE_SIZE, Message};
+use dax_backend::broker::protocol::{FORK_LAST, Kind, MESSAGE_SIZE, Message};
 use dax_backend::broker::{BrokerClient, ForkFamily, GRANULE, Store, StoreSocket, WindowRange};
+use rustix::io::Errno;
 use rustix::mm::UserfaultfdFlags;
+use rustix::net::{SendFlags, send};
 
 use crate::rig::{Client, PATIENCE, Rig, Setup, is_zero, scribble};
 
@@ -181,4 +183,28 @@ fn what_a_killed_server_has_shared_is_lent_to_nobody() {
     let back = BrokerClient::rejoin(&rig.socket(), id, page, [held].into_iter());
     assert!(back.is_ok(), "{back:?}");
     assert_eq!(rig.status().clients[0].leased, held.len);
+}
+
+#[test]
+fn who_floods_its_line_loses_it_and_holds_up_nobody() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    client.lease(8);
+    let Some(line) = served(&client) else {
+        return;
+    };
+    line.begin(&mut |_| ()).unwrap();
+    let run = SharedRun {
+        addr: HEAP,
+        offset: 0,
+        len: GRANULE,
+    };
+    let share = Message::new(Kind::ForkShare).with_flags(FORK_LAST);
+    let share = share.with_runs(&[run]);
+    let flood = || send(line.fd(), share.bytes(), SendFlags::NOSIGNAL);
+    let refused = (0..2000).find_map(|_| flood().err());
+    // It depends on what was unread.
+    let closed = [Errno::PIPE, Errno::CONNRESET].map(Some);
+    assert!(closed.contains(&refused), "{refused:?}");
+    assert!(rig.status().capacity.forked <= GRANULE);
 }

@@ -63,6 +63,11 @@ impl Outbox {
         Ok(())
     }
 
+    /// Messages that wait for room.
+    pub(super) fn waiting(&self) -> usize {
+        self.queue.len()
+    }
+
     /// Whether it waits for room.
     pub(super) fn is_blocked(&self) -> bool {
         !self.queue.is_empty()
