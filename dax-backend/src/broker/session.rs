@@ -12,7 +12,7 @@ use super::connection::{ConnectionId, Phase};
 use super::lease::ClientId;
 use super::ledger::ClientRecord;
 use super::liveness::{Liveness, Probe};
-use super::peer::{Peer, peer_pidfd};
+use super::peer::{Peer, is_gone, peer_pidfd};
 use super::protocol::{
     GRANT_EXHAUSTED, GRANT_LAST, GRANULE, Kind, MAX_RANGES, Message, RefusedCode, Role, VERSION,
     WELCOME_USERFAULTFD, WindowRange,
@@ -47,6 +47,7 @@ pub(super) struct Client {
     command: String,
     liveness: Liveness,
     pub(super) pidfd: Option<OwnedFd>,
+    pub(super) died: bool,
     pub(super) probe: Option<Probe>,
     /// Bytes still to be granted and their tag, for each request.
     requests: VecDeque<(u64, ExtentTag)>,
@@ -71,6 +72,7 @@ impl Client {
             command: record.command,
             liveness,
             pidfd: None,
+            died: false,
             probe: None,
             requests: VecDeque::new(),
             claims: Vec::new(),
@@ -87,7 +89,15 @@ impl Client {
     /// A descriptor inherited by a child may keep the socket of a dead process open.
     pub(super) fn process_died(&mut self, now: Instant) {
         self.pidfd = None;
+        self.died = true;
         self.probe.get_or_insert(Probe::start(now));
+    }
+
+    /// Whether its leases have ended.
+    fn has_ended(&self) -> bool {
+        let told = self.connection.is_some() || self.pidfd.is_some();
+        let gone = || self.died || (!told && is_gone(self.peer.pid));
+        self.liveness.look().ended(gone)
     }
 
     pub(super) fn probe_due(&self) -> Option<Instant> {
@@ -490,14 +500,15 @@ impl Broker {
     pub(super) fn probe_clients(&mut self, now: Instant) {
         let (mut ended, mut silent) = (Vec::new(), Vec::new());
         for (id, client) in &mut self.clients {
-            if let Some(probe) = client.probe.as_mut().filter(|probe| probe.due() <= now) {
-                if client.liveness.ended() {
-                    ended.push(*id);
-                } else {
-                    probe.again(now);
-                    if client.connection.is_none() && probe.is_hopeless(now) {
-                        silent.push(*id);
-                    }
+            if client.probe_due().is_none_or(|due| due > now) {
+                continue;
+            }
+            if client.has_ended() {
+                ended.push(*id);
+            } else if let Some(probe) = &mut client.probe {
+                probe.again(now);
+                if client.connection.is_none() && probe.is_hopeless(now) {
+                    silent.push(*id);
                 }
             }
         }

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::connection::{ConnectionId, Phase};
 use super::lease::{ExtentSlots, LeaseTable, Slot, range_of};
 use super::liveness::{Liveness, Probe};
-use super::peer::Peer;
+use super::peer::{Peer, is_gone};
 use super::protocol::{GRANULE, Kind, MAX_RANGES, Message, SHARED_LAST, SharedCode, WindowRange};
 use super::refusal::SharedPart;
 use super::server::Broker;
@@ -253,7 +253,7 @@ impl Broker {
         for (id, reader) in &mut self.readers.by_id {
             let due = |probe: &&mut Probe| all || probe.due() <= now;
             if let Some(probe) = reader.probe.as_mut().filter(due) {
-                if reader.liveness.ended() {
+                if reader.liveness.look().ended(|| is_gone(reader.pid)) {
                     ended.push(*id);
                 } else {
                     probe.again(now);
