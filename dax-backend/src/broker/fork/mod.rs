@@ -260,7 +260,7 @@ impl Broker {
         let ancestor = u32::try_from(message.arg(0)).map(ClientId);
         let desk = ancestor.ok().and_then(|id| self.forks.desks.get_mut(&id));
         // Whoever says this too often hears nothing.
-        let desk = desk.filter(|desk| desk.waiting() < JOINS);
+        let desk = desk.filter(|desk| desk.descriptors() < JOINS);
         if let (Some(desk), [Some(line), ..]) = (desk, fds.0) {
             let join = Message::new(Kind::ForkJoin).with_arg(0, message.arg(1));
             let _ = desk.send_with(join, Some(line));

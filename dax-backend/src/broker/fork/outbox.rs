@@ -63,9 +63,9 @@ impl Outbox {
         Ok(())
     }
 
-    /// Messages that wait for room.
-    pub(super) fn waiting(&self) -> usize {
-        self.queue.len()
+    /// Descriptors that wait for room.
+    pub(super) fn descriptors(&self) -> usize {
+        self.queue.iter().filter(|(_, fd)| fd.is_some()).count()
     }
 
     /// Whether it waits for room.
