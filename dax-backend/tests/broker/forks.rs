@@ -73,6 +73,27 @@ fn a_family_hears_of_what_was_taken_before_it_had_it() {
     assert_eq!(rig.status().capacity.forked, 3 * GRANULE);
 }
 
+#[test]
+fn what_came_back_is_shared_again() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    client.lease(8);
+    let Some(line) = served(&client) else {
+        return;
+    };
+    for _ in 0..3 {
+        share(&line, 4);
+        line.end().unwrap();
+        assert_eq!(rig.status().capacity.forked, 4 * GRANULE);
+        // No child was made, so all of it is the client's alone.
+        let offered = line.offered(0, &mut |_| ()).unwrap();
+        line.take(&offered, &mut |_| ()).unwrap();
+        line.taken().unwrap();
+        assert_eq!(rig.status().capacity.forked, 0);
+    }
+    assert_eq!(rig.status().clients[0].leased, 8 * GRANULE);
+}
+
 /// The desk and the line of a fork server that the test is.
 static SERVER: Mutex<Option<[OwnedFd; 2]>> = Mutex::new(None);
 /// There is one [`SERVER`] for all tests.
