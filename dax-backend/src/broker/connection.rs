@@ -6,11 +6,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use rustix::io::Errno;
-use rustix::net::SendFlags;
+use rustix::net::{SendFlags, Shutdown, shutdown};
 
 use super::lease::ClientId;
 use super::peer::Peer;
-use super::protocol::Message;
+use super::protocol::{MAX_RANGES, Message};
 use super::sharing::ReaderId;
 use super::socket::{Descriptors, SocketError, receive_message, send_message};
 
@@ -38,24 +38,33 @@ pub(super) enum Phase {
     Admin,
 }
 
+/// Messages that wait for a peer, besides those that may name each granule.
+const PATIENCE: usize = 1024;
+
 /// One accepted socket. The broker never waits for a peer: what a socket does
-/// not take at once is queued.
+/// not take at once is queued. A peer that never reads is cut off, which, unlike
+/// not reading what it says, can't have both wait for each other.
 #[derive(Debug)]
 pub(super) struct Connection {
     socket: OwnedFd,
     pub(super) peer: Peer,
     pub(super) phase: Phase,
     outbox: VecDeque<Message>,
+    /// The longest outbox.
+    limit: usize,
 }
 
 impl Connection {
-    pub(super) fn new(socket: OwnedFd, now: Instant) -> Result<Self, Errno> {
+    /// `granules`: those of the window.
+    pub(super) fn new(socket: OwnedFd, granules: usize, now: Instant) -> Result<Self, Errno> {
         let peer = Peer::of(&socket)?;
         Ok(Self {
             socket,
             peer,
             phase: Phase::New { since: now },
             outbox: VecDeque::new(),
+            // A grant, a recall and a loss of everything, in runs of one granule.
+            limit: PATIENCE + 3 * granules.div_ceil(MAX_RANGES),
         })
     }
 
@@ -70,8 +79,19 @@ impl Connection {
 
     /// Sends `message`, now or when the peer has read enough.
     pub(super) fn send(&mut self, message: Message) -> Result<(), SocketError> {
+        if self.outbox.len() >= self.limit {
+            self.cut_off();
+            return Err(SocketError::Closed);
+        }
         self.outbox.push_back(message);
         self.flush()
+    }
+
+    /// Ends the conversation; whoever reads the socket hears of it.
+    fn cut_off(&mut self) {
+        tracing::warn!(pid = self.peer.pid, "a peer that does not read is cut off");
+        self.outbox.clear();
+        let _ = shutdown(&self.socket, Shutdown::Both);
     }
 
     /// Sends `message` with descriptors, now or never: only used where a peer

@@ -19,7 +19,7 @@ use super::protocol::{GRANULE, WindowRange};
 use crate::address::{Dpa, DpaRange};
 use crate::extent::{Extent, ExtentTag};
 
-/// The broker's number for a client; never used twice in its life.
+/// The broker's number for a client; nobody else's while it has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct ClientId(pub(super) u32);
 

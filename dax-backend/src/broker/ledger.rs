@@ -156,11 +156,19 @@ impl Ledger {
         self.store(HEADER + index, word);
     }
 
-    /// A number that no client has had.
+    /// The next number. After the last one comes the first again, which
+    /// somebody may still have.
     pub(super) fn next_client(&mut self) -> ClientId {
-        let next = self.load(3);
-        self.store(3, next + 1);
-        ClientId(next as u32)
+        let next = u32::try_from(self.load(3)).map(ClientId);
+        let next = next.ok().filter(|id| id.0 != 0 && !id.is_family());
+        let next = next.unwrap_or(ClientId(1));
+        self.store(3, u64::from(next.0) + 1);
+        next
+    }
+
+    /// Whether a client has this number.
+    pub(super) fn has_client(&mut self, id: ClientId) -> bool {
+        self.place(Some(id)).is_some()
     }
 
     /// Notes a client. `false`: there is no place left.
@@ -294,6 +302,7 @@ mod tests {
         }
         assert_eq!(again.clients(), [record(2)]);
         assert_eq!(again.next_client(), ClientId(2));
+        assert!(again.has_client(ClientId(2)) && !again.has_client(ClientId(1)));
         assert!(again.add_client(&record(3)));
         assert_eq!(again.clients(), [record(3), record(2)]);
     }

@@ -16,6 +16,29 @@ use uuid::Uuid;
 
 use super::client_page::{ClientStats, KEY_OFFSET, LOST_OFFSET, PAGE_SIZE, PAGE_VERSION};
 
+/// What a look at a client page says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Look {
+    /// Some process maps it.
+    Mapped,
+    /// The last mapping is gone, and no process can map it again.
+    Ended,
+    /// Nothing any more: the client has broken the protocol and sealed the
+    /// seals. Only the end of its process tells.
+    Barred,
+}
+
+impl Look {
+    /// Whether what the page stands for has ended; `gone`: its process has.
+    pub(super) fn ended(self, gone: impl FnOnce() -> bool) -> bool {
+        match self {
+            Self::Mapped => false,
+            Self::Ended => true,
+            Self::Barred => gone(),
+        }
+    }
+}
+
 /// The broker's side of one client page.
 #[derive(Debug)]
 pub(super) struct Liveness {
@@ -23,7 +46,7 @@ pub(super) struct Liveness {
 }
 
 impl Liveness {
-    /// A new page, mapped by nobody: [`Self::ended`] holds until a client maps it.
+    /// A new page, mapped by nobody, which is [`Look::Ended`] until a client maps it.
     pub(super) fn new() -> Result<Self, Errno> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let page = memfd_create("dcmalloc-client", flags)?;
@@ -65,9 +88,13 @@ impl Liveness {
         u64::from_ne_bytes(word) != 0
     }
 
-    /// Whether the last mapping is gone. Once true, no process can map it again.
-    pub(super) fn ended(&self) -> bool {
-        fcntl_add_seals(&self.page, SealFlags::WRITE).is_ok()
+    /// Whether the last mapping is gone.
+    pub(super) fn look(&self) -> Look {
+        match fcntl_add_seals(&self.page, SealFlags::WRITE) {
+            Ok(()) => Look::Ended,
+            Err(Errno::PERM) => Look::Barred,
+            Err(_) => Look::Mapped,
+        }
     }
 
     /// What the client has counted so far.
@@ -125,12 +152,24 @@ mod tests {
         let liveness = Liveness::new().unwrap();
         let first = ClientPageMapping::map(liveness.page()).unwrap();
         let second = ClientPageMapping::map(liveness.page()).unwrap();
-        assert!(!liveness.ended());
+        assert_eq!(liveness.look(), Look::Mapped);
         drop(first);
-        assert!(!liveness.ended());
+        assert_eq!(liveness.look(), Look::Mapped);
         drop(second);
-        assert!(liveness.ended());
+        assert_eq!(liveness.look(), Look::Ended);
         assert!(ClientPageMapping::map(liveness.page()).is_err());
         assert_eq!(liveness.stats().version, PAGE_VERSION);
+    }
+
+    #[test]
+    fn a_client_that_takes_the_seals_away_is_found_out() {
+        let liveness = Liveness::new().unwrap();
+        let mapped = ClientPageMapping::map(liveness.page()).unwrap();
+        fcntl_add_seals(liveness.page(), SealFlags::SEAL).unwrap();
+        assert_eq!(liveness.look(), Look::Barred);
+        drop(mapped);
+        assert_eq!(liveness.look(), Look::Barred);
+        assert!(Look::Barred.ended(|| true) && !Look::Barred.ended(|| false));
+        assert!(!Look::Mapped.ended(|| true) && Look::Ended.ended(|| false));
     }
 }

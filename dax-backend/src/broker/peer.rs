@@ -4,7 +4,9 @@ use std::ffi::c_int;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// Credentials of the process that connected or listened, as the kernel took them then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +33,20 @@ impl Peer {
             gid: cred.gid,
         })
     }
+}
+
+/// Whether process `pid` is dead, also if nobody has waited for it yet. One that
+/// can't be seen (0) is, as far as anybody can tell.
+pub(super) fn is_gone(pid: u32) -> bool {
+    let Some(pid) = Pid::from_raw(pid.cast_signed()) else {
+        return true;
+    };
+    let process = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(process) => process,
+        Err(errno) => return errno == Errno::SRCH,
+    };
+    let mut fds = [PollFd::new(&process, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// A descriptor of the process at the other end, readable when it is dead

@@ -33,6 +33,8 @@ const OVERDUE: Duration = Duration::from_secs(600);
 const PROGRESS: Duration = Duration::from_millis(50);
 /// Receipts kept for `dcm status`.
 const HISTORY: usize = 64;
+/// Reasons that are told apart of one client's answer.
+const REASONS: usize = 64;
 /// After the deadline, how long the device may take for what came back before
 /// it: the time-out of one command (CXL r3.1 8.2.8.4) and some.
 const DEVICE_PATIENCE: Duration = Duration::from_millis(2500);
@@ -379,6 +381,7 @@ impl Broker {
             client: family,
             bytes,
             refused: 0,
+            reasons: 0,
         };
         recall.waiting.insert(id, ask);
         recall.asked = true;
@@ -429,15 +432,13 @@ impl Broker {
             })
             .with_ranges(ranges);
         self.post(connection, message);
-        let refused = 0;
-        recall.waiting.insert(
-            id,
-            Ask {
-                client,
-                bytes,
-                refused,
-            },
-        );
+        let ask = Ask {
+            client,
+            bytes,
+            refused: 0,
+            reasons: 0,
+        };
+        recall.waiting.insert(id, ask);
         recall.asked = true;
     }
 
@@ -453,6 +454,13 @@ impl Broker {
         let bytes = message.arg(0).min(ask.bytes - ask.refused);
         if ask.client == client && bytes > 0 {
             ask.refused += bytes;
+            ask.reasons += 1;
+            let mut said = recall.declined.iter_mut().rev();
+            let last = said.find(|said| said.client == client);
+            if let Some(last) = last.filter(|_| ask.reasons > REASONS) {
+                last.bytes += bytes;
+                return;
+            }
             recall.declined.push(Declined {
                 client,
                 pid,
@@ -481,6 +489,7 @@ impl Broker {
             if outcome.more {
                 // What it refused until now, it will do or refuse again.
                 ask.refused = 0;
+                ask.reasons = 0;
                 recall.declined.retain(|said| said.client != client);
             } else {
                 if ask.refused > 0 || outcome.steps().iter().all(|bytes| *bytes == 0) {

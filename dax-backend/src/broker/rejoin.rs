@@ -97,6 +97,7 @@ impl Broker {
         if let Some(client) = self.clients.get_mut(&client_id) {
             client.peer = peer;
             client.pidfd = pidfd;
+            client.died = false;
             client.probe = None;
             client.leased = leased;
         }

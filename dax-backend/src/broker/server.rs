@@ -369,7 +369,8 @@ impl Broker {
         loop {
             match listener.accept() {
                 Ok(socket) => {
-                    if let Ok(connection) = Connection::new(socket, now) {
+                    let granules = self.table.slots.len();
+                    if let Ok(connection) = Connection::new(socket, granules, now) {
                         let id = ConnectionId(self.next_connection);
                         self.next_connection += 1;
                         self.connections.insert(id, connection);

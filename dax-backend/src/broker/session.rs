@@ -12,7 +12,7 @@ use super::connection::{ConnectionId, Phase};
 use super::lease::ClientId;
 use super::ledger::ClientRecord;
 use super::liveness::{Liveness, Probe};
-use super::peer::{Peer, peer_pidfd};
+use super::peer::{Peer, is_gone, peer_pidfd};
 use super::protocol::{
     GRANT_EXHAUSTED, GRANT_LAST, GRANULE, Kind, MAX_RANGES, Message, RefusedCode, Role, VERSION,
     WELCOME_USERFAULTFD, WindowRange,
@@ -24,6 +24,8 @@ use crate::extent::ExtentTag;
 
 /// Messages read from one socket before the others get their turn.
 const BURST: usize = 32;
+/// Requests of one client that wait until memory is wiped.
+const REQUESTS: usize = 1024;
 /// Tags that are remembered of one client.
 const TAGS: usize = 16;
 
@@ -45,6 +47,7 @@ pub(super) struct Client {
     command: String,
     liveness: Liveness,
     pub(super) pidfd: Option<OwnedFd>,
+    pub(super) died: bool,
     pub(super) probe: Option<Probe>,
     /// Bytes still to be granted and their tag, for each request.
     requests: VecDeque<(u64, ExtentTag)>,
@@ -69,6 +72,7 @@ impl Client {
             command: record.command,
             liveness,
             pidfd: None,
+            died: false,
             probe: None,
             requests: VecDeque::new(),
             claims: Vec::new(),
@@ -85,7 +89,15 @@ impl Client {
     /// A descriptor inherited by a child may keep the socket of a dead process open.
     pub(super) fn process_died(&mut self, now: Instant) {
         self.pidfd = None;
+        self.died = true;
         self.probe.get_or_insert(Probe::start(now));
+    }
+
+    /// Whether its leases have ended.
+    fn has_ended(&self) -> bool {
+        let told = self.connection.is_some() || self.pidfd.is_some();
+        let gone = || self.died || (!told && is_gone(self.peer.pid));
+        self.liveness.look().ended(gone)
     }
 
     pub(super) fn probe_due(&self) -> Option<Instant> {
@@ -165,7 +177,7 @@ impl Broker {
         match (connection.phase, message.kind()) {
             (Phase::New { .. }, Some(Kind::Hello)) => self.hello(id, message, now),
             (Phase::Rejoining(client), Some(Kind::Held)) => self.held(id, client, message, now),
-            (Phase::Client(client), Some(Kind::Lease)) => {
+            (Phase::Client(client), Some(Kind::Lease)) if self.may_request(client) => {
                 self.lease_requested(client, message);
             }
             (Phase::Client(client), Some(Kind::ForkSetUp)) => {
@@ -256,7 +268,7 @@ impl Broker {
 
     fn welcome(&mut self, id: ConnectionId, run: Option<Uuid>) -> Result<(), RefusedCode> {
         let liveness = Liveness::new().map_err(|_| RefusedCode::Full)?;
-        let client = self.table.ledger.next_client();
+        let client = self.new_number();
         let span = self.device.span();
         let peer = self.connections.get(&id).ok_or(RefusedCode::Full)?.peer;
         let record = ClientRecord {
@@ -310,6 +322,23 @@ impl Broker {
         welcomed.pidfd = pidfd;
         self.clients.insert(client, welcomed);
         Ok(())
+    }
+
+    /// A number that nobody has: no client, and no family of one that is gone.
+    /// There are more numbers than places for either.
+    fn new_number(&mut self) -> ClientId {
+        loop {
+            let number = self.table.ledger.next_client();
+            if !self.table.ledger.has_client(number) && !self.forks.has_family(number) {
+                return number;
+            }
+        }
+    }
+
+    /// Whether as many requests as nobody has on purpose are unanswered.
+    fn may_request(&self, id: ClientId) -> bool {
+        let waiting = self.clients.get(&id).map_or(0, |c| c.requests.len());
+        waiting < REQUESTS
     }
 
     fn lease_requested(&mut self, id: ClientId, message: &Message) {
@@ -471,14 +500,15 @@ impl Broker {
     pub(super) fn probe_clients(&mut self, now: Instant) {
         let (mut ended, mut silent) = (Vec::new(), Vec::new());
         for (id, client) in &mut self.clients {
-            if let Some(probe) = client.probe.as_mut().filter(|probe| probe.due() <= now) {
-                if client.liveness.ended() {
-                    ended.push(*id);
-                } else {
-                    probe.again(now);
-                    if client.connection.is_none() && probe.is_hopeless(now) {
-                        silent.push(*id);
-                    }
+            if client.probe_due().is_none_or(|due| due > now) {
+                continue;
+            }
+            if client.has_ended() {
+                ended.push(*id);
+            } else if let Some(probe) = &mut client.probe {
+                probe.again(now);
+                if client.connection.is_none() && probe.is_hopeless(now) {
+                    silent.push(*id);
                 }
             }
         }

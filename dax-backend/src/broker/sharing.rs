@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::connection::{ConnectionId, Phase};
 use super::lease::{ExtentSlots, LeaseTable, Slot, range_of};
 use super::liveness::{Liveness, Probe};
-use super::peer::Peer;
+use super::peer::{Peer, is_gone};
 use super::protocol::{GRANULE, Kind, MAX_RANGES, Message, SHARED_LAST, SharedCode, WindowRange};
 use super::refusal::SharedPart;
 use super::server::Broker;
@@ -67,6 +67,17 @@ pub(super) struct Readers {
 }
 
 impl Readers {
+    /// A number that none of them has.
+    fn new_number(&mut self) -> ReaderId {
+        loop {
+            self.last = self.last.wrapping_add(1);
+            let number = ReaderId(self.last);
+            if !self.by_id.contains_key(&number) {
+                return number;
+            }
+        }
+    }
+
     /// When one of them is to be looked after.
     pub(super) fn due(&self) -> Option<Instant> {
         let probes = self.by_id.values().filter_map(|r| r.probe.as_ref());
@@ -190,8 +201,7 @@ impl Broker {
         let to = self.connections.get_mut(&connection);
         let to = to.ok_or(SharedCode::Full)?;
         let Peer { pid, uid, .. } = to.peer;
-        self.readers.last += 1;
-        let id = ReaderId(self.readers.last);
+        let id = self.readers.new_number();
         let reader = Reader {
             tag,
             pid,
@@ -243,7 +253,7 @@ impl Broker {
         for (id, reader) in &mut self.readers.by_id {
             let due = |probe: &&mut Probe| all || probe.due() <= now;
             if let Some(probe) = reader.probe.as_mut().filter(due) {
-                if reader.liveness.ended() {
+                if reader.liveness.look().ended(|| is_gone(reader.pid)) {
                     ended.push(*id);
                 } else {
                     probe.again(now);

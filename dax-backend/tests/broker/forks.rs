@@ -2,17 +2,19 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dax_backend::broker::admin::{AdminReply, AdminRequest, ReleaseTarget};
 use dax_backend::broker::client::ForkLine;
 use dax_backend::broker::protocol::SharedRun;
-use dax_backend::broker::protocol::{Kind, MESSAGE_SIZE, Message};
-use dax_backend::broker::{ForkFamily, GRANULE, Store, StoreSocket, WindowRange};
+use dax_backend::broker::protocol::{FORK_LAST, Kind, MESSAGE_SIZE, Message};
+use dax_backend::broker::{BrokerClient, ForkFamily, GRANULE, Store, StoreSocket, WindowRange};
+use rustix::io::Errno;
 use rustix::mm::UserfaultfdFlags;
+use rustix::net::{SendFlags, send};
 
-use crate::rig::{Client, Rig, Setup};
+use crate::rig::{Client, PATIENCE, Rig, Setup, is_zero, scribble};
 
 /// Where a program has its heap; nothing is there in this one.
 const HEAP: u64 = 64 * GRANULE;
@@ -71,8 +73,47 @@ fn a_family_hears_of_what_was_taken_before_it_had_it() {
     assert_eq!(rig.status().capacity.forked, 3 * GRANULE);
 }
 
+#[test]
+fn what_came_back_is_shared_again() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    client.lease(8);
+    let Some(line) = served(&client) else {
+        return;
+    };
+    for _ in 0..3 {
+        share(&line, 4);
+        line.end().unwrap();
+        assert_eq!(rig.status().capacity.forked, 4 * GRANULE);
+        // No child was made, so all of it is the client's alone.
+        let offered = line.offered(0, &mut |_| ()).unwrap();
+        line.take(&offered, &mut |_| ()).unwrap();
+        line.taken().unwrap();
+        assert_eq!(rig.status().capacity.forked, 0);
+    }
+    assert_eq!(rig.status().clients[0].leased, 8 * GRANULE);
+}
+
 /// The desk and the line of a fork server that the test is.
 static SERVER: Mutex<Option<[OwnedFd; 2]>> = Mutex::new(None);
+/// There is one [`SERVER`] for all tests.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// A broker of whose forks the test is the server, for one test at a time.
+fn without_server() -> (Rig, MutexGuard<'static, ()>) {
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let rig = Rig::with(Setup {
+        offer: &[8],
+        serve_family: take_over,
+        ..Setup::default()
+    });
+    (rig, alone)
+}
+
+/// The desk and the line of the server that was started last.
+fn server() -> [OwnedFd; 2] {
+    SERVER.lock().unwrap().take().unwrap()
+}
 
 fn take_over(family: ForkFamily) -> io::Result<()> {
     let (ours, theirs) = StoreSocket::pair()?;
@@ -110,18 +151,13 @@ fn says_yes(desk: &OwnedFd, kind: Kind, granules: u64) -> bool {
 /// A broker dies between the two: the next one reads the message again.
 #[test]
 fn what_a_broker_has_given_back_the_next_one_does_not_refuse() {
-    let rig = Rig::with(Setup {
-        offer: &[8],
-        serve_family: take_over,
-        ..Setup::default()
-    });
+    let (rig, _alone) = without_server();
     let client = rig.client();
     client.lease(8);
     let Some(_line) = served(&client) else {
         return;
     };
-    let server = SERVER.lock().unwrap().take();
-    let [desk, _line_end] = server.unwrap();
+    let [desk, _line_end] = server();
     assert!(says_yes(&desk, Kind::ForkShare, 4));
     assert!(says_yes(&desk, Kind::ForkTake, 2));
     let leased = || rig.status().clients[0].leased;
@@ -135,4 +171,61 @@ fn what_a_broker_has_given_back_the_next_one_does_not_refuse() {
         recall.join().unwrap();
     });
     assert_eq!(leased(), 6 * GRANULE);
+}
+
+/// Its client has not heard that it shares, and goes on using what it has.
+#[test]
+fn what_a_killed_server_has_shared_is_lent_to_nobody() {
+    let (mut rig, _alone) = without_server();
+    let client = rig.client();
+    let (leased, _) = client.lease(8);
+    let memory = client.memory();
+    scribble(memory, &leased);
+    let Some(line) = served(&client) else {
+        return;
+    };
+    let [desk, line_end] = server();
+    assert!(says_yes(&desk, Kind::ForkShare, 4));
+    drop((desk, line_end, line));
+    let status = rig.until(PATIENCE, |status| status.capacity.forked == 0);
+    assert_eq!(status.clients[0].leased, 8 * GRANULE);
+    let (granted, exhausted) = rig.client().lease(8);
+    assert!(granted.is_empty() && exhausted, "lent twice");
+    assert!(!is_zero(memory, &leased[..1]), "wiped");
+
+    // A broker that comes after this one hears what of it is in use.
+    rig.restart(|_| ());
+    let id = client.welcome.client_id;
+    let held = WindowRange {
+        offset: 0,
+        len: 2 * GRANULE,
+    };
+    let page = &client.welcome.page;
+    let back = BrokerClient::rejoin(&rig.socket(), id, page, [held].into_iter());
+    assert!(back.is_ok(), "{back:?}");
+    assert_eq!(rig.status().clients[0].leased, held.len);
+}
+
+#[test]
+fn who_floods_its_line_loses_it_and_holds_up_nobody() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    client.lease(8);
+    let Some(line) = served(&client) else {
+        return;
+    };
+    line.begin(&mut |_| ()).unwrap();
+    let run = SharedRun {
+        addr: HEAP,
+        offset: 0,
+        len: GRANULE,
+    };
+    let share = Message::new(Kind::ForkShare).with_flags(FORK_LAST);
+    let share = share.with_runs(&[run]);
+    let flood = || send(line.fd(), share.bytes(), SendFlags::NOSIGNAL);
+    let refused = (0..2000).find_map(|_| flood().err());
+    // It depends on what was unread.
+    let closed = [Errno::PIPE, Errno::CONNRESET].map(Some);
+    assert!(closed.contains(&refused), "{refused:?}");
+    assert!(rig.status().capacity.forked <= GRANULE);
 }

@@ -1,15 +1,19 @@
 //! Leases: granted, returned, and ended by whatever ends a process.
 
-use std::mem;
+use std::fs;
+use std::mem::{self, offset_of};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use dax_backend::broker::client_page::PAGE_SIZE;
 use dax_backend::broker::protocol::MAX_RANGES;
-use dax_backend::broker::{FromBroker, GRANULE, WindowRange};
+use dax_backend::broker::{BrokerClient, ClientPage, FromBroker, GRANULE, WindowRange};
+use rustix::fs::{SealFlags, fcntl_add_seals};
 
 use crate::process::{Forked, LIFETIME, lease_and_scribble};
-use crate::rig::{Rig, is_zero, scribble, total};
+use crate::rig::{PATIENCE, Rig, is_zero, scribble, total};
 
 #[test]
 fn leased_memory_is_zero_and_wiped_between_clients() {
@@ -193,4 +197,79 @@ fn what_a_dead_client_counted_is_still_known() {
     assert_eq!(report.total.extent_live_peak, 400);
     assert_eq!(report.total.share_on_extents(), Some(0.5));
     assert_eq!(report.processes.len(), 2);
+}
+
+#[test]
+fn who_asks_and_never_reads_is_cut_off() {
+    let rig = Rig::new(&[8]);
+    let client = rig.client();
+    let (held, _) = client.lease(4);
+    let cut_off = (0..20_000).find_map(|_| client.broker.request_lease(0).err());
+    assert!(cut_off.is_some(), "answers pile up");
+    let status = rig.until(PATIENCE, |status| !status.clients[0].connected);
+    assert_eq!(status.clients[0].leased, 4 * GRANULE);
+    // It may come back.
+    let (id, page) = (client.welcome.client_id, &client.welcome.page);
+    let back = BrokerClient::rejoin(&rig.socket(), id, page, held.into_iter());
+    assert!(back.is_ok(), "{back:?}");
+}
+
+/// Has the page whose client says that it is `pid` take no seal any more: the
+/// broker, which has it, is in this process.
+fn bar_seals(pid: u64) {
+    let at = offset_of!(ClientPage, pid) as u64;
+    for entry in fs::read_dir("/proc/self/fd").unwrap().flatten() {
+        let name = fs::read_link(entry.path()).unwrap_or_default();
+        if !name.starts_with("/memfd:dcmalloc-client (deleted)") {
+            continue;
+        }
+        let opened = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(entry.path());
+        let Ok(page) = opened else {
+            continue;
+        };
+        let mut word = [0; 8];
+        page.read_exact_at(&mut word, at).unwrap();
+        if u64::from_ne_bytes(word) == pid {
+            return fcntl_add_seals(&page, SealFlags::SEAL).unwrap();
+        }
+    }
+    panic!("no page of {pid}");
+}
+
+/// The kernel does not say any more who maps it.
+#[test]
+fn a_page_without_seals_lasts_as_long_as_the_process() {
+    let mut rig = Rig::new(&[16]);
+    let socket = rig.socket();
+    let program = || {
+        let mut program = Forked::run(|| match lease_and_scribble(&socket, 4) {
+            Some((broker, welcome)) => {
+                let pid = u64::from(std::process::id());
+                welcome.page.pid.store(pid, Ordering::Relaxed);
+                mem::forget((broker, welcome));
+                1
+            }
+            None => 0,
+        });
+        assert_eq!(program.answer(), 1);
+        bar_seals(program.pid as u64);
+        program
+    };
+    let (first, second) = (program(), program());
+    // One that lives, and has closed everything.
+    let client = rig.client();
+    client.lease(4);
+    client.welcome.page.pid.store(77, Ordering::Relaxed);
+    bar_seals(77);
+    drop(client.broker);
+    first.kill();
+    rig.until(PATIENCE, |status| status.capacity.leased == 8 * GRANULE);
+    // The next broker knows them by their pages alone.
+    rig.restart(|_| second.kill());
+    rig.until(PATIENCE, |status| status.capacity.leased == 4 * GRANULE);
+    thread::sleep(Duration::from_millis(400));
+    assert_eq!(rig.status().capacity.leased, 4 * GRANULE);
 }

@@ -314,3 +314,28 @@ fn what_outlives_its_deadline_gives_way_to_the_next() {
     assert_eq!(receipts[0].refused[0].reason, RefusalReason::Deadline);
     assert!(!receipts[0].more);
 }
+
+#[test]
+fn who_refuses_byte_by_byte_has_few_lines() {
+    let rig = Rig::new(&[2]);
+    let client = rig.client();
+    client.lease(2);
+    let receipt = thread::scope(|scope| {
+        scope.spawn(|| {
+            let (id, bytes, ..) = client.next_recall();
+            let refuse = |bytes| {
+                let said = client
+                    .broker
+                    .refuse_recall(id, RefusalReason::Pinned, bytes, &[]);
+                said.unwrap();
+            };
+            (0..2000).for_each(|_| refuse(1));
+            refuse(bytes - 2000);
+            let outcome = RecallOutcome::default();
+            client.broker.answer_recall(id, &outcome).unwrap();
+        });
+        rig.release(ReleaseTarget::Bytes(2 * GRANULE), 5000)
+    });
+    assert_eq!(receipt.refused_bytes(), 2 * GRANULE);
+    assert!(receipt.refused.len() < 500, "{}", receipt.refused.len());
+}

@@ -199,3 +199,19 @@ fn what_the_device_wanted_back_is_wanted_by_the_next_broker() {
         status.capacity.accepted == 4 * GRANULE
     });
 }
+
+#[test]
+fn numbers_of_clients_begin_anew_and_nobody_has_one_twice() {
+    let mut rig = Rig::new(&[8]);
+    let first = rig.client();
+    assert_eq!(first.welcome.client_id, 1);
+    // Beyond them are the numbers of families.
+    let last = (1 << 31) - 1;
+    rig.restart_numbering(last);
+    let numbers = [(); 3].map(|()| rig.client()).map(|c| c.welcome.client_id);
+    assert_eq!(numbers, [last, 2, 3]);
+    // As an earlier broker may have left it.
+    rig.restart_numbering(1 << 32);
+    let next = rig.client().welcome.client_id;
+    assert!((2..last).contains(&next), "{next}");
+}

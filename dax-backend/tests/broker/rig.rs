@@ -164,7 +164,22 @@ impl Rig {
     pub(crate) fn restart(&mut self, meanwhile: impl FnOnce(&SoftwareDevice)) {
         self.stop();
         meanwhile(&self.model);
-        let (keeper, store) = Keeper::new(self.keeper.kept());
+        let kept = self.keeper.kept();
+        self.start_over(kept);
+    }
+
+    /// Ends the broker and starts another one, which has had so many clients
+    /// that the next one's number is `next`.
+    pub(crate) fn restart_numbering(&mut self, next: u64) {
+        self.stop();
+        let kept = self.keeper.kept();
+        // The fourth word of a ledger.
+        rustix::io::pwrite(&kept["ledger"], &next.to_ne_bytes(), 24).unwrap();
+        self.start_over(kept);
+    }
+
+    fn start_over(&mut self, kept: BTreeMap<String, OwnedFd>) {
+        let (keeper, store) = Keeper::new(kept);
         let setup = Setup {
             offer: &[],
             ..Setup::default()

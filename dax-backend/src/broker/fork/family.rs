@@ -13,7 +13,7 @@ use crate::broker::protocol::{GRANULE, SharedRun};
 
 /// The family's number for a member; never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct MemberId(u32);
+pub(super) struct MemberId(u64);
 
 impl MemberId {
     /// The process that owned the originals.
@@ -37,7 +37,7 @@ pub(super) struct Family {
     holders: BTreeMap<u64, Held>,
     /// Who was made before the root had said what it shares.
     doubtful: BTreeSet<MemberId>,
-    next: u32,
+    next: u64,
 }
 
 impl Family {

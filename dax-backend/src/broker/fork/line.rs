@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use super::family::{MemberId, granules, push_run};
-use super::server::{Server, next, send};
+use super::server::{BURST, Server, next, send};
 use crate::broker::protocol::{
     FORK_LAST, GRANULE, Kind, MAX_RANGES, MAX_RUNS, Message, SharedRun, WindowRange,
 };
@@ -17,11 +17,26 @@ pub(super) struct Fork {
     question: u64,
     /// What the root says that it shares.
     runs: Vec<SharedRun>,
+    /// Which granules of the window that is.
+    named: Vec<bool>,
+    /// It has said all.
+    asked: bool,
     /// What the broker has not answered yet.
     unanswered: BTreeSet<u64>,
     refused: bool,
     /// The books have it all.
     settled: bool,
+}
+
+impl Fork {
+    /// Whether granules of a window of `len` bytes are named the first time.
+    fn names(&mut self, run: &SharedRun, len: u64) -> bool {
+        self.named.resize((len / GRANULE) as usize, false);
+        granules(run).all(|(_, original)| {
+            let named = self.named.get_mut((original / GRANULE) as usize);
+            named.is_some_and(|named| !std::mem::replace(named, true))
+        })
+    }
 }
 
 /// Originals on their way back to the root. It waits for them, if it touches
@@ -63,13 +78,19 @@ impl Server {
 
     /// What the root says around a fork.
     pub(super) fn listen(&mut self) {
-        while let Some((message, _)) = next(&mut self.line) {
+        for _ in 0..BURST {
+            let Some(message) = self.next_of_root() else {
+                break;
+            };
             match message.kind() {
+                // It waits for an answer, or else it would not be heard to an
+                // end: each of its forks is the broker's work, too.
+                Some(Kind::ForkBegin | Kind::ForkEnd) if self.is_unanswered() => self.line = None,
                 Some(Kind::ForkBegin) => {
                     self.fork = Some(Fork::default());
                     self.answer(message.id(), true);
                 }
-                Some(Kind::ForkShare) if self.fork.is_some() => self.root_shares(&message),
+                Some(Kind::ForkShare) if self.may_share() => self.root_shares(&message),
                 Some(Kind::ForkEnd) => {
                     let refused = self.is_unsettled();
                     self.fork = None;
@@ -98,16 +119,39 @@ impl Server {
         }
     }
 
+    /// What the root says next; nothing while it does not read what it is told,
+    /// which would pile up here.
+    fn next_of_root(&mut self) -> Option<Message> {
+        let line = self.line.as_mut()?;
+        if line.flush().is_ok() && line.is_blocked() {
+            return None;
+        }
+        next(&mut self.line).map(|(message, _)| message)
+    }
+
+    /// Whether the root has more to say of what it shares.
+    fn may_share(&self) -> bool {
+        self.fork.as_ref().is_some_and(|fork| !fork.asked)
+    }
+
     fn root_shares(&mut self, message: &Message) {
         let Some(fork) = &mut self.fork else {
             return;
         };
         let end = self.mapping.len();
-        fork.refused |= !message.shared_runs().all(|run| is_sane(&run, end));
-        fork.runs.extend(message.shared_runs());
+        for run in message.shared_runs() {
+            // What is an original already is no lease of the root's. So no books
+            // get longer than the window.
+            let known = |run: &SharedRun| granules(run).any(|(_, o)| self.family.is_needed(o));
+            fork.refused |= !is_sane(&run, end) || !fork.names(&run, end) || known(&run);
+            if !fork.refused {
+                fork.runs.push(run);
+            }
+        }
         if message.flags() & FORK_LAST == 0 {
             return;
         }
+        fork.asked = true;
         fork.question = message.id();
         if fork.refused || fork.runs.is_empty() {
             let yes = !fork.refused;

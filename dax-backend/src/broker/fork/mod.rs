@@ -31,7 +31,7 @@ mod uffd;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread;
 use std::time::Instant;
 
@@ -134,6 +134,11 @@ impl ForkFamily {
 }
 
 const NAMES: [&str; 4] = ["userfaultfd", "line", "desk", "window"];
+/// Messages of one family before the others get their turn.
+const BURST: usize = 32;
+/// Descendants that wait for a fork server to hear of them, each with a
+/// descriptor here.
+const JOINS: usize = 256;
 /// What the keeper calls the broker's end of a desk, before the client's number.
 const DESK: &str = "desk-";
 
@@ -147,6 +152,11 @@ impl Forks {
     /// Whether no family needs originals.
     pub(super) fn is_empty(&self) -> bool {
         self.desks.is_empty()
+    }
+
+    /// Whether this client has a family, which may outlive it.
+    pub(super) fn has_family(&self, client: ClientId) -> bool {
+        self.desks.contains_key(&client)
     }
 
     /// What to wait for.
@@ -167,14 +177,19 @@ impl ClientId {
         Self(self.0 | FAMILY)
     }
 
+    /// The client whose family this is.
+    fn root(self) -> Self {
+        Self(self.0 & !FAMILY)
+    }
+
     /// Whether this is no client, but a family.
     pub(super) fn is_family(self) -> bool {
         self.0 & FAMILY != 0
     }
 }
 
-/// The bit that makes a client's number its family's. Clients would have to
-/// come for years, a thousand a second, to reach it.
+/// The bit that makes a client's number its family's. A thousand clients a
+/// second reach it in 25 days: then their numbers begin anew.
 const FAMILY: u32 = 1 << 31;
 
 impl Broker {
@@ -190,7 +205,7 @@ impl Broker {
         let desks = &self.forks.desks;
         let served: BTreeSet<ClientId> = desks.keys().map(|client| client.family()).collect();
         for family in holders.into_iter().filter(|holder| holder.is_family()) {
-            if !served.contains(&family) {
+            if !served.contains(&family) && !self.return_originals(family.root()) {
                 self.table.end(family);
             }
         }
@@ -244,6 +259,8 @@ impl Broker {
     pub(super) fn fork_join(&mut self, message: &Message, fds: Descriptors) {
         let ancestor = u32::try_from(message.arg(0)).map(ClientId);
         let desk = ancestor.ok().and_then(|id| self.forks.desks.get_mut(&id));
+        // Whoever says this too often hears nothing.
+        let desk = desk.filter(|desk| desk.descriptors() < JOINS);
         if let (Some(desk), [Some(line), ..]) = (desk, fds.0) {
             let join = Message::new(Kind::ForkJoin).with_arg(0, message.arg(1));
             let _ = desk.send_with(join, Some(line));
@@ -254,11 +271,19 @@ impl Broker {
     pub(super) fn hear_families(&mut self, now: Instant) {
         let clients: Vec<ClientId> = self.forks.desks.keys().copied().collect();
         for client in clients {
-            while let Some(desk) = self.forks.desks.get_mut(&client) {
-                let message = match desk.flush().and_then(|()| peek_message(desk.as_fd())) {
+            for _ in 0..BURST {
+                let Some(desk) = self.forks.desks.get_mut(&client) else {
+                    break;
+                };
+                // One that is gone shows when it is read.
+                let _ = desk.flush();
+                let message = match next_words(desk.as_fd()) {
                     Ok(message) => message,
                     Err(SocketError::System(_)) => break,
-                    Err(_) => Message::new(Kind::ForkEnded),
+                    Err(_) => {
+                        self.server_killed(client, now);
+                        break;
+                    }
                 };
                 self.family_says(client, &message, now);
                 if let Some(desk) = self.forks.desks.get(&client) {
@@ -317,16 +342,46 @@ impl Broker {
                 let answer = Message::new(Kind::RecallAnswer).with_id(message.id());
                 self.recall_answered(family, &outcome.write(answer), now);
             }
-            Some(Kind::ForkEnded) => {
-                self.counters.returned_bytes += self.table.end(family);
-                self.forks.desks.remove(&client);
-                self.store.forget(&desk_name(client));
-                self.claim_for_recall();
-                self.hand_over_returned();
-                self.recall_unanswerable(family, now);
-            }
+            Some(Kind::ForkEnded) => self.family_ended(client, now),
             _ => self.counters.malformed += 1,
         }
+    }
+
+    fn family_ended(&mut self, client: ClientId, now: Instant) {
+        let family = client.family();
+        self.counters.returned_bytes += self.table.end(family);
+        self.forks.desks.remove(&client);
+        self.store.forget(&desk_name(client));
+        self.claim_for_recall();
+        self.hand_over_returned();
+        self.recall_unanswerable(family, now);
+    }
+
+    /// A fork server is gone without a word.
+    fn server_killed(&mut self, client: ClientId, now: Instant) {
+        tracing::warn!(client = client.0, "a fork server was killed");
+        let lost = self.table.held(client.family()).1;
+        if self.return_originals(client) {
+            self.tell_lost(client, &lost);
+        }
+        self.family_ended(client, now);
+    }
+
+    /// Makes all originals of a family its client's leases again; whether there
+    /// is such a client. Nobody reads them any more, but for what the client was
+    /// about to share: it may have heard of no answer, and uses that again.
+    /// Which of them that is nobody knows, so all are its until it ends or
+    /// rejoins.
+    fn return_originals(&mut self, client: ClientId) -> bool {
+        let Some(to) = self.clients.get_mut(&client) else {
+            return false;
+        };
+        let family = client.family();
+        let mut originals = self.table.leased_by(family, u64::MAX);
+        to.leased += originals.iter().map(|range| range.len).sum::<u64>();
+        to.leased_peak = to.leased_peak.max(to.leased);
+        originals.extend(self.table.held(family).1);
+        self.table.hand_over(family, client, &originals)
     }
 
     /// Makes originals a client's own leases again, unless they are asked back:
@@ -355,7 +410,7 @@ impl Broker {
     pub(super) fn lose_originals(&mut self, family: ClientId, ranges: &[WindowRange]) {
         for chunk in ranges.chunks(MAX_RANGES) {
             let message = Message::new(Kind::ForkLost).with_ranges(chunk);
-            self.order(ClientId(family.0 & !FAMILY), message);
+            self.order(family.root(), message);
         }
     }
 
@@ -369,7 +424,7 @@ impl Broker {
     /// Has a family copy its originals in `ranges`; recall `id` is answered
     /// when that is done.
     pub(super) fn evict(&mut self, family: ClientId, id: u64, ranges: &[WindowRange]) {
-        let client = ClientId(family.0 & !FAMILY);
+        let client = family.root();
         let chunks = ranges.chunks(MAX_RANGES);
         let last = chunks.len().saturating_sub(1);
         for (index, chunk) in chunks.enumerate() {
@@ -389,6 +444,15 @@ impl Broker {
             .map(|family| (family, self.table.leased_by(family, bytes)))
             .filter(|(_, ranges)| !ranges.is_empty())
             .collect()
+    }
+}
+
+/// What a server says next. One that died with something unread resets the
+/// socket, once, before its last words can be read.
+fn next_words(desk: BorrowedFd<'_>) -> Result<Message, SocketError> {
+    match peek_message(desk) {
+        Err(SocketError::Closed) => peek_message(desk),
+        said => said,
     }
 }
 

@@ -63,6 +63,11 @@ impl Outbox {
         Ok(())
     }
 
+    /// Descriptors that wait for room.
+    pub(super) fn descriptors(&self) -> usize {
+        self.queue.iter().filter(|(_, fd)| fd.is_some()).count()
+    }
+
     /// Whether it waits for room.
     pub(super) fn is_blocked(&self) -> bool {
         !self.queue.is_empty()

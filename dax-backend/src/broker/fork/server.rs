@@ -27,8 +27,9 @@ use crate::broker::socket::{Descriptors, SocketError, receive_message};
 
 /// Between attempts at what could not be done at once.
 const RETRY: Duration = Duration::from_millis(1);
-/// Events read of one member before the others get their turn.
-const BURST: usize = 64;
+/// Events read of one member, or messages of one socket, before the others get
+/// their turn.
+pub(super) const BURST: usize = 64;
 
 struct Eviction {
     id: u64,
@@ -122,9 +123,14 @@ impl Server {
     /// Waits for something to do; the members that did something.
     fn wait(&self) -> Result<Vec<MemberId>, Errno> {
         let mut fds: Vec<PollFd<'_>> = Vec::new();
-        for socket in [&self.desk, &self.line].into_iter().flatten() {
+        // The root is not listened to while it does not listen.
+        let both = PollFlags::IN | PollFlags::OUT;
+        for (socket, blocked) in [(&self.desk, both), (&self.line, PollFlags::OUT)] {
+            let Some(socket) = socket else {
+                continue;
+            };
             let interest = match socket.is_blocked() {
-                true => PollFlags::IN | PollFlags::OUT,
+                true => blocked,
                 false => PollFlags::IN,
             };
             fds.push(PollFd::from_borrowed_fd(socket.as_fd(), interest));
@@ -177,36 +183,46 @@ impl Server {
 
     /// What the broker wants.
     fn obey(&mut self) {
-        while let Some((message, fds)) = self.next_order() {
-            match message.kind() {
-                // The broker books what it is asked for before it answers.
-                Some(Kind::ForkEvict | Kind::ForkLost) if self.is_unanswered() => {
-                    self.early.push_back(message);
-                }
-                Some(Kind::ForkJoin) => {
-                    if let [Some(line), ..] = fds.0 {
-                        self.attach(message.arg(0), line);
-                    }
-                }
-                Some(Kind::ForkAnswer) => self.broker_answered(message.id(), message.arg(0) == 0),
-                Some(Kind::ForkEvict) => {
-                    self.asked.extend(message.ranges().as_slice());
-                    if message.flags() & FORK_LAST != 0 {
-                        self.begin_eviction(message.id());
-                    }
-                }
-                Some(Kind::ForkLost) => self.lose(message.ranges().as_slice()),
-                _ => {}
-            }
+        for _ in 0..BURST {
+            self.obey_early();
+            let Some((message, fds)) = next(&mut self.desk) else {
+                break;
+            };
+            self.obey_order(message, fds);
+        }
+        self.obey_early();
+    }
+
+    /// What had to wait until the broker had answered.
+    fn obey_early(&mut self) {
+        while !self.is_unanswered()
+            && let Some(message) = self.early.pop_front()
+        {
+            self.obey_order(message, Descriptors::default());
         }
     }
 
-    fn next_order(&mut self) -> Option<(Message, Descriptors)> {
-        match self.is_unanswered() {
-            false => self.early.pop_front().map(|m| (m, Descriptors::default())),
-            true => None,
+    fn obey_order(&mut self, message: Message, fds: Descriptors) {
+        match message.kind() {
+            // The broker books what it is asked for before it answers.
+            Some(Kind::ForkEvict | Kind::ForkLost) if self.is_unanswered() => {
+                self.early.push_back(message);
+            }
+            Some(Kind::ForkJoin) => {
+                if let [Some(line), ..] = fds.0 {
+                    self.attach(message.arg(0), line);
+                }
+            }
+            Some(Kind::ForkAnswer) => self.broker_answered(message.id(), message.arg(0) == 0),
+            Some(Kind::ForkEvict) => {
+                self.asked.extend(message.ranges().as_slice());
+                if message.flags() & FORK_LAST != 0 {
+                    self.begin_eviction(message.id());
+                }
+            }
+            Some(Kind::ForkLost) => self.lose(message.ranges().as_slice()),
+            _ => {}
         }
-        .or_else(|| next(&mut self.desk))
     }
 
     fn begin_eviction(&mut self, id: u64) {

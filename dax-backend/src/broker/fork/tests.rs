@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair}
 
 use super::ForkFamily;
 use super::family::MemberId;
-use super::server::Server;
+use super::server::{BURST, Server};
 use super::uffd::tests::{is_present, register, served};
 use crate::broker::protocol::{
     FORK_LAST, GRANULE, Kind, MAX_RANGES, MAX_RUNS, Message, SharedRun, WindowRange,
@@ -181,4 +181,68 @@ fn the_root_hears_of_its_copies_when_nobody_waits_there_any_more() {
     rig.root_says(Message::new(Kind::ForkEnd));
     assert_eq!(rig.root_hears(), [(Kind::ForkFilled, 0)]);
     assert_eq!(register(&other, place), Ok(()));
+}
+
+#[test]
+fn the_root_shares_once_in_a_fork_and_waits_for_the_answer() {
+    for breach in [Kind::ForkShare, Kind::ForkBegin, Kind::ForkEnd] {
+        let (mut rig, place) = Rig::new();
+        rig.root_shares(place, 1);
+        rig.root_says(Message::new(breach));
+        assert!(rig.server.line.is_none(), "{breach:?}");
+        assert_eq!(said(&rig.broker).len(), 1, "{breach:?}");
+    }
+}
+
+#[test]
+fn what_is_an_original_is_not_shared_again() {
+    let (mut rig, place) = Rig::new();
+    rig.root_shares(place, 1);
+    let asked = said(&rig.broker);
+    rig.broker_says(Message::new(Kind::ForkAnswer).with_id(asked[0].id()));
+    rig.root_says(Message::new(Kind::ForkEnd));
+    assert_eq!(rig.root_hears(), [(Kind::ForkAnswer, 2)]);
+    let elsewhere = |offset| SharedRun {
+        addr: 8 * GRANULE,
+        offset,
+        len: GRANULE,
+    };
+    // Nor is something shared in two places.
+    for runs in [[0, GRANULE], [GRANULE, GRANULE]] {
+        rig.root_says(Message::new(Kind::ForkBegin));
+        let share = Message::new(Kind::ForkShare).with_flags(FORK_LAST);
+        rig.root_says(share.with_runs(&runs.map(elsewhere)));
+        let answers: Vec<u64> = said(&rig.root).iter().map(|m| m.arg(0)).collect();
+        assert_eq!(answers, [0, 1]);
+        rig.root_says(Message::new(Kind::ForkEnd));
+    }
+    assert!(said(&rig.broker).is_empty());
+}
+
+#[test]
+fn a_root_that_does_not_read_is_not_listened_to() {
+    let (mut rig, _) = Rig::new();
+    let begin = Message::new(Kind::ForkBegin);
+    let full = (0..20_000).find(|_| {
+        rig.server.turn(&[]);
+        send_message(rig.root.as_fd(), &begin, &[], SendFlags::DONTWAIT).is_err()
+    });
+    assert!(full.is_some(), "answers pile up");
+    // It goes on where it was.
+    let heard = said(&rig.root).len();
+    rig.server.turn(&[]);
+    assert!(heard > 0 && !said(&rig.root).is_empty());
+}
+
+#[test]
+fn nobody_waits_for_the_end_of_what_the_root_says() {
+    let (mut rig, _) = Rig::new();
+    for _ in 0..=BURST {
+        let begin = Message::new(Kind::ForkBegin);
+        send_message(rig.root.as_fd(), &begin, &[], SendFlags::DONTWAIT).unwrap();
+    }
+    rig.server.turn(&[]);
+    assert_eq!(rig.root_hears().len(), BURST);
+    rig.server.turn(&[]);
+    assert_eq!(rig.root_hears().len(), 1);
 }

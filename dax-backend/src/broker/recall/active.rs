@@ -18,6 +18,8 @@ pub(super) struct Ask {
     pub(super) bytes: u64,
     /// Of these: refused.
     pub(super) refused: u64,
+    /// And for how many reasons.
+    pub(super) reasons: usize,
 }
 
 /// What a client did not return.
