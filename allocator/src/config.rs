@@ -4,6 +4,7 @@
 //! documentation is made from it.
 #![forbid(unsafe_code)]
 
+#[path = "config/spill_dir.rs"]
 mod spill_dir;
 
 use crate::placement::{OnExhausted, Placement};

@@ -50,5 +50,5 @@ int main(int argc, char **argv) {
         }
     }
     free(block);
-    _exit(check_result());
+    return check_result();
 }
