@@ -9,7 +9,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair}
 use super::ForkFamily;
 use super::family::MemberId;
 use super::server::Server;
-use super::uffd::tests::{is_present, register, served};
+use super::uffd::tests::{is_present, move_another, register, served, served_moving};
 use crate::broker::protocol::{
     FORK_LAST, GRANULE, Kind, MAX_RANGES, MAX_RUNS, Message, SharedRun, WindowRange,
 };
@@ -259,4 +259,28 @@ fn places(told: &[Message]) -> Vec<u64> {
     assert!(told.iter().all(|m| m.kind() == Some(Kind::ForkFilled)));
     let runs = told.iter().flat_map(Message::shared_runs);
     runs.map(|run| run.addr).collect()
+}
+
+/// A child that is being made has what its parent had a moment ago.
+#[test]
+fn nobody_is_told_while_it_may_be_forking() {
+    let (mut rig, _) = Rig::new();
+    let (uffd, place) = served_moving();
+    rig.root_shares(place, 2);
+    rig.broker_books();
+    let member = rig.server.born(MemberId::ROOT, uffd);
+    rig.touch(member, place);
+    let uffd = &rig.server.members[&member].uffd;
+    // To the server it looks the same as a fork.
+    let moving = move_another(uffd);
+    while !uffd.is_changing() {
+        std::thread::yield_now();
+    }
+    let line = rig.attach(member);
+    rig.server.turn(&[]);
+    assert_eq!(places(&said(&line)), [0u64; 0]);
+    rig.server.turn(&[member]);
+    moving.join().unwrap();
+    rig.server.turn(&[]);
+    assert_eq!(places(&said(&line)), [place]);
 }
