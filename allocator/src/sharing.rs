@@ -101,7 +101,7 @@ impl Sharing {
                 match source.inherited(line) {
                     Inherited::Nothing => break,
                     Inherited::Filled(runs) => {
-                        let filled = |run| heap.space().filled(run);
+                        let filled = |run| heap.space().inherited_filled(run, line);
                         runs.as_slice().iter().for_each(filled);
                     }
                     Inherited::All => {

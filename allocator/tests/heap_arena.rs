@@ -3,8 +3,9 @@
 
 mod common;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use allocator::allocator_api2::{boxed::Box, vec::Vec as VecIn};
@@ -160,6 +161,68 @@ fn ends() {
     let empty = HEAP.arena("empty").build().unwrap();
     drop(bytes(&empty, 3_000, 1));
     assert!(empty.try_end().is_ok(), "nothing is live");
+}
+
+/// A child has no use for what its parent's other threads cached, and could
+/// not tell in what state they left it.
+fn forks() {
+    let arena = HEAP.arena("forks").build().unwrap();
+    let cached = || {
+        let blocks: Vec<_> = (0..20)
+            .map(|_| arena.allocate_bytes(1000, 16, false))
+            .collect();
+        // SAFETY: live, of this size, freed once.
+        let free = |block: &*mut u8| unsafe { arena.free_bytes(*block, 1000, 16) };
+        blocks.iter().for_each(free);
+        blocks.last().map(|block| block.addr())
+    };
+    let last = cached();
+    let (done, end) = (Barrier::new(2), Barrier::new(2));
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| {
+            cached();
+            done.wait();
+            end.wait();
+        });
+        done.wait();
+        let status = in_child(|| {
+            // SAFETY: the child uses this copy only, and drops no other.
+            let arena = unsafe { core::ptr::read(&raw const arena) };
+            // Its own cache serves it.
+            let block = arena.allocate_bytes(1000, 16, false);
+            assert_eq!(Some(block.addr()), last);
+            // SAFETY: live, of this size, freed once.
+            unsafe { arena.free_bytes(block, 1000, 16) };
+            let arena = arena.try_end().expect_err("another's cache was flushed");
+            drop(arena);
+            let new = HEAP.arena("child's").build().unwrap();
+            drop(bytes(&new, 3_000, 1));
+            assert!(new.try_end().is_ok());
+        });
+        end.wait();
+        // To the end of its thread, which the scope does not wait for.
+        other.join().unwrap();
+        assert_eq!(status, 0, "the child");
+    });
+    assert!(arena.try_end().is_ok(), "the thread took its cache along");
+}
+
+/// Runs `child` in a child, to its end. 0: all is well.
+fn in_child(child: impl FnOnce()) -> i32 {
+    // SAFETY: the child is this thread alone, and ends in what follows.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0);
+    if pid == 0 {
+        // SAFETY: a timer that ends this child if it hangs.
+        unsafe { libc::alarm(20) };
+        let done = catch_unwind(AssertUnwindSafe(child));
+        // SAFETY: ends the child and runs nothing of the parent's.
+        unsafe { libc::_exit(i32::from(done.is_err())) };
+    }
+    let mut status = 0;
+    // SAFETY: a status of our own.
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+    status
 }
 
 fn refusals() {
@@ -329,6 +392,7 @@ fn life_of_arenas() {
     containers();
     limits();
     ends();
+    forks();
     refusals();
     placements(source);
     if moves(&HEAP) {

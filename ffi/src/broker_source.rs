@@ -39,7 +39,6 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
-use crate::leases::Leases;
 use crate::rejoin::Rejoin;
 
 /// A connection to a broker, and the window that its leases lie in.
@@ -91,8 +90,8 @@ impl BrokerSource {
         page.pid
             .store(u64::from(std::process::id()), Ordering::Relaxed);
         let userfaultfd = welcome.userfaultfd;
-        let leases = Leases::new(welcome.window_len).map_err(SourceError::Window)?;
-        let rejoin = Rejoin::new(path, welcome.client_id, leases);
+        let rejoin = Rejoin::new(path, welcome.client_id, welcome.window_len);
+        let rejoin = rejoin.map_err(SourceError::Window)?;
         Ok(Self {
             client,
             page,
@@ -226,13 +225,8 @@ impl ExtentSource for BrokerSource {
     }
 
     fn give_back(&self, ranges: &Ranges) -> bool {
-        let wire = to_wire(ranges);
-        let ranges = ranges.as_slice();
-        // First: a broker that comes next is told of the leases that are left.
-        for range in &wire[..ranges.len()] {
-            self.rejoin.leases.remove(*range);
-        }
-        self.client.return_ranges(&wire[..ranges.len()]).is_ok()
+        let (wire, count) = (to_wire(ranges), ranges.as_slice().len());
+        self.rejoin.give_back(&self.client, &wire[..count])
     }
 
     fn answer(&self, id: u64, outcome: &RecallOutcome) -> bool {

@@ -1,6 +1,6 @@
 //! Which granules of the window this process has, for a broker that has lost
 //! the connection and asks: a bit each, in a mapping of its own, because it is
-//! written while `malloc` runs.
+//! written while `malloc` runs. Other sets of granules are kept so as well.
 
 use core::ptr::{NonNull, null_mut};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -68,6 +68,22 @@ impl Leases {
         }
     }
 
+    /// Keeps what is in `other` too.
+    pub(crate) fn keep(&self, other: &Self) {
+        for index in (0..self.granules.min(other.granules)).step_by(64) {
+            let (theirs, _) = other.word(index);
+            let (word, _) = self.word(index);
+            word.fetch_and(theirs.load(Ordering::Acquire), Ordering::AcqRel);
+        }
+    }
+
+    /// None any more.
+    pub(crate) fn clear(&self) {
+        for index in (0..self.granules).step_by(64) {
+            self.word(index).0.store(0, Ordering::Release);
+        }
+    }
+
     /// What is leased, run by run.
     pub(crate) fn runs(&self) -> impl Iterator<Item = WindowRange> {
         let leased = |index: usize| {
@@ -109,5 +125,13 @@ mod tests {
         let runs: Vec<_> = leases.runs().collect();
         let wanted = [range(3, 2), range(6, 1), range(62, 8), range(120, 10)];
         assert_eq!(runs, wanted);
+        let others = Leases::new(130 * GRANULE).unwrap();
+        others.add(range(4, 60));
+        others.add(range(128, 2));
+        leases.keep(&others);
+        let wanted = [range(4, 1), range(6, 1), range(62, 2), range(128, 2)];
+        assert!(leases.runs().eq(wanted));
+        leases.clear();
+        assert_eq!(leases.runs().count(), 0);
     }
 }

@@ -196,7 +196,8 @@ impl Arena {
     ///
     /// # Errors
     /// Itself, with everything in it as it was. What other threads' caches
-    /// keep counts as live as long as those threads use them.
+    /// keep counts as live as long as those threads use them; in a forked
+    /// child, what its parent's other threads' kept does for ever.
     pub fn try_end(self) -> Result<(), Self> {
         if self.slot.handles.load(Ordering::Acquire) > 1 {
             return Err(self);

@@ -263,11 +263,17 @@ impl Table {
         unsafe { self.threads.force_unlock() };
     }
 
-    /// In a child: nobody is reading names or callbacks.
+    /// In a child, before [`Table::after_fork`]: nobody is reading names or
+    /// callbacks, and nobody is in the middle of using a thread cache.
     pub(crate) fn in_child(&self) {
         for slot in &self.slots {
             // SAFETY: the child has one thread, and it holds none of these.
             unsafe { slot.told.force_unlock() };
         }
+        // SAFETY: the copy of the thread that called `before_fork`.
+        unsafe { self.threads.force_unlock() };
+        let held = self.threads.lock();
+        threads::forget_others(&held);
+        core::mem::forget(held);
     }
 }

@@ -171,6 +171,19 @@ pub(super) fn destroy_all(tables: &Guard<'_, Tables>, slot: &'static Slot) {
     }
 }
 
+/// In a child: the caches of threads that it does not have stay as they are,
+/// for ever. The engine takes no lock of theirs at a fork, so one may have
+/// been given back in part, and would give the same back again.
+pub(super) fn forget_others(tables: &Guard<'_, Tables>) {
+    let mine = MINE.get();
+    for page in tables.iter().filter(|page| !core::ptr::eq(*page, mine)) {
+        for entry in &page.entries {
+            entry.generation.store(0, Ordering::Relaxed);
+        }
+        page.used.store(0, Ordering::Relaxed);
+    }
+}
+
 fn caches_of(
     tables: &Guard<'_, Tables>,
     slot: &'static Slot,

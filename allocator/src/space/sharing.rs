@@ -130,9 +130,21 @@ impl Space {
 
     /// Originals of which this process has its own copy.
     pub fn filled(&self, run: &SharedRun) {
+        self.filled_if(run, |backing| matches!(backing, Backing::Original(_)));
+    }
+
+    /// The same of an ancestor's: what it left here may have become something
+    /// else since, even another ancestor's.
+    pub fn inherited_filled(&self, run: &SharedRun, line: u8) {
+        self.filled_if(run, |backing| backing == Backing::Inherited(line));
+    }
+
+    fn filled_if(&self, run: &SharedRun, is_meant: impl Fn(Backing) -> bool) {
         let mut state = self.state.lock();
         for index in state.indices(&run.range()) {
-            state.filled(index);
+            if is_meant(state.granule(index).backing) {
+                state.filled(index);
+            }
         }
     }
 

@@ -28,34 +28,43 @@ pub(super) struct Member {
     filled: Vec<SharedRun>,
     /// How much of that it was told.
     told: usize,
+    /// How much of it is ordinary memory, and none of the family's business:
+    /// what lies there now may be another family's.
+    ordinary: usize,
     born: Instant,
     pub(super) probe: Instant,
 }
 
 impl Member {
-    /// A member whose parent had copies of `filled`.
-    pub(super) fn new(uffd: Uffd, key: u64, filled: Vec<SharedRun>) -> Self {
+    /// A member that inherits nothing.
+    pub(super) fn new(uffd: Uffd, key: u64) -> Self {
         let born = Instant::now();
         Self {
             uffd,
             key,
             line: None,
-            filled,
+            filled: Vec::new(),
             told: 0,
+            ordinary: 0,
             born,
             probe: born + SOON,
         }
     }
 
-    /// What it has copies of.
-    pub(super) fn filled(&self) -> &[SharedRun] {
-        &self.filled
+    /// A child of this one, which has copies of the same. It is told of them
+    /// all: its parent may not have read yet what was ordinary by then.
+    pub(super) fn child(&self, uffd: Uffd, key: u64) -> Self {
+        Self {
+            filled: self.filled.clone(),
+            ordinary: self.ordinary,
+            ..Self::new(uffd, key)
+        }
     }
 
     /// It has one more.
     pub(super) fn has(&mut self, place: u64, original: u64) {
-        // What it was told of does not grow.
-        if self.told == self.filled.len() {
+        // What it was told of, or is ordinary, does not grow.
+        if self.told.max(self.ordinary) == self.filled.len() {
             let one = &mut Vec::new();
             push_run(one, place, original);
             self.filled.append(one);
@@ -84,10 +93,14 @@ impl Member {
         }
         while self.told < self.filled.len() {
             let end = self.filled.len().min(self.told + MAX_RUNS);
-            let runs = &self.filled[self.told..end];
-            if !self.makes_ordinary(runs) {
+            let served = self.told.max(self.ordinary).min(end);
+            // A child being made meanwhile would be served where this one is
+            // not any more.
+            if !self.makes_ordinary(&self.filled[served..end]) || self.uffd.is_changing() {
                 return;
             }
+            self.ordinary = self.ordinary.max(end);
+            let runs = &self.filled[self.told..end];
             send(
                 &mut self.line,
                 Message::new(Kind::ForkFilled).with_runs(runs),

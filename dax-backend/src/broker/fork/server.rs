@@ -89,7 +89,8 @@ impl Server {
             filled: Vec::new(),
             free: Vec::new(),
         };
-        server.join(MemberId::ROOT, root, Vec::new());
+        let root = Member::new(root, new_key());
+        server.members.insert(MemberId::ROOT, root);
         server.answer(0, true);
         Ok(server)
     }
@@ -167,9 +168,16 @@ impl Server {
         self.family.needs_any(id) || (id == MemberId::ROOT && self.line.is_none())
     }
 
-    fn join(&mut self, id: MemberId, uffd: Uffd, filled: Vec<SharedRun>) {
-        let key = Uuid::new_v4().as_u64_pair().1;
-        self.members.insert(id, Member::new(uffd, key, filled));
+    /// A member has forked.
+    pub(super) fn born(&mut self, parent: MemberId, uffd: Uffd) -> MemberId {
+        let doubtful = parent == MemberId::ROOT && self.is_in_doubt();
+        let id = self.family.born(parent, doubtful);
+        let child = match self.members.get(&parent) {
+            Some(parent) => parent.child(uffd, new_key()),
+            None => Member::new(uffd, new_key()),
+        };
+        self.members.insert(id, child);
+        id
     }
 
     /// A descendant wants to hear what it has copies of.
@@ -292,13 +300,7 @@ impl Server {
             };
             match member.uffd.next() {
                 Ok(Some(Event::Fault(addr))) => self.waits.push((id, addr)),
-                Ok(Some(Event::Fork(uffd))) => {
-                    let doubtful = id == MemberId::ROOT && self.is_in_doubt();
-                    let child = self.family.born(id, doubtful);
-                    let of = self.members.get(&id);
-                    let filled = of.map_or_else(Vec::new, |of| of.filled().to_vec());
-                    self.join(child, uffd, filled);
-                }
+                Ok(Some(Event::Fork(uffd))) => drop(self.born(id, uffd)),
                 Ok(None) => {}
                 Err(_) => return,
             }
@@ -493,6 +495,11 @@ impl Server {
             send(&mut self.line, message);
         }
     }
+}
+
+/// What a new member shows that wants to hear of its copies.
+fn new_key() -> u64 {
+    Uuid::new_v4().as_u64_pair().1
 }
 
 /// Sends, if there is still somebody to send to.

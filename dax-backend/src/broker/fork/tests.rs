@@ -9,7 +9,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair}
 use super::ForkFamily;
 use super::family::MemberId;
 use super::server::{BURST, Server};
-use super::uffd::tests::{is_present, register, served};
+use super::uffd::tests::{is_present, move_another, register, served, served_moving};
 use crate::broker::protocol::{
     FORK_LAST, GRANULE, Kind, MAX_RANGES, MAX_RUNS, Message, SharedRun, WindowRange,
 };
@@ -29,10 +29,6 @@ struct Rig {
 impl Rig {
     /// A server and a granule of its root.
     fn new() -> (Self, u64) {
-        let pair = || {
-            let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
-            socketpair(family, kind, SocketFlags::CLOEXEC, None).unwrap()
-        };
         let ((root, line), (broker, desk)) = (pair(), pair());
         let window = memfd_create("window", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&window, WINDOW * GRANULE).unwrap();
@@ -89,12 +85,40 @@ impl Rig {
         assert_eq!(self.root_hears(), [(Kind::ForkAnswer, 1)]);
     }
 
+    /// The broker books what the root shares, which ends its fork.
+    fn broker_books(&mut self) {
+        for question in said(&self.broker) {
+            self.broker_says(Message::new(Kind::ForkAnswer).with_id(question.id()));
+        }
+        self.root_says(Message::new(Kind::ForkEnd));
+        self.root_hears();
+    }
+
+    /// A member wants to hear of its copies: where it does.
+    fn attach(&mut self, id: MemberId) -> OwnedFd {
+        let (here, there) = pair();
+        self.server.members.get_mut(&id).unwrap().hears(there);
+        here
+    }
+
+    /// A member touches a granule.
+    fn touch(&mut self, id: MemberId, place: u64) {
+        self.server.waits.push((id, place));
+        self.server.turn(&[]);
+        assert!(is_present(place));
+    }
+
     fn root_hears(&self) -> Vec<(Kind, u64)> {
         said(&self.root)
             .iter()
             .map(|message| (message.kind().unwrap(), message.id()))
             .collect()
     }
+}
+
+fn pair() -> (OwnedFd, OwnedFd) {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+    socketpair(family, kind, SocketFlags::CLOEXEC, None).unwrap()
 }
 
 /// What was said to whoever has this end.
@@ -245,4 +269,82 @@ fn nobody_waits_for_the_end_of_what_the_root_says() {
     assert_eq!(rig.root_hears().len(), BURST);
     rig.server.turn(&[]);
     assert_eq!(rig.root_hears().len(), 1);
+}
+
+/// Granules that a descendant was told of are its own, perhaps another
+/// family's by the time it forks.
+#[test]
+fn a_grandchild_is_left_alone_where_its_parent_was_told() {
+    let (mut rig, _) = Rig::new();
+    let ((first, told), (second, not_told)) = (served(), served());
+    rig.root_shares(told, 2);
+    rig.broker_books();
+    let parent = rig.server.born(MemberId::ROOT, first);
+    let line = rig.attach(parent);
+    rig.touch(parent, told);
+    assert_eq!(places(&said(&line)), [told]);
+    let (other, _) = served();
+    assert_eq!(register(&other, told), Ok(()), "nobody's");
+
+    // The same place, as the child sees it: another family's.
+    assert_eq!(register(&second, told), Err(Errno::BUSY));
+    drop(other);
+    register(&second, told).unwrap();
+    let child = rig.server.born(parent, second);
+    let line = rig.attach(child);
+    rig.server.turn(&[]);
+    // Its parent may not have read it.
+    assert_eq!(places(&said(&line)), [told]);
+    let (other, _) = served();
+    assert_eq!(register(&other, told), Err(Errno::BUSY), "as it was");
+    assert_eq!(register(&other, not_told), Err(Errno::BUSY));
+}
+
+/// What a descendant has copies of and was not told of, its child is told of.
+#[test]
+fn a_grandchild_is_told_of_what_its_parent_was_not() {
+    let (mut rig, _) = Rig::new();
+    let ((first, _), (second, place)) = (served(), served());
+    rig.root_shares(place, 2);
+    rig.broker_books();
+    let parent = rig.server.born(MemberId::ROOT, first);
+    // Nobody hears of it.
+    rig.touch(parent, place);
+    let child = rig.server.born(parent, second);
+    let line = rig.attach(child);
+    rig.server.turn(&[]);
+    assert_eq!(places(&said(&line)), [place]);
+    let (other, _) = served();
+    assert_eq!(register(&other, place), Ok(()), "nobody's");
+}
+
+/// The places of the copies that somebody was told of.
+fn places(told: &[Message]) -> Vec<u64> {
+    assert!(told.iter().all(|m| m.kind() == Some(Kind::ForkFilled)));
+    let runs = told.iter().flat_map(Message::shared_runs);
+    runs.map(|run| run.addr).collect()
+}
+
+/// A child that is being made has what its parent had a moment ago.
+#[test]
+fn nobody_is_told_while_it_may_be_forking() {
+    let (mut rig, _) = Rig::new();
+    let (uffd, place) = served_moving();
+    rig.root_shares(place, 2);
+    rig.broker_books();
+    let member = rig.server.born(MemberId::ROOT, uffd);
+    rig.touch(member, place);
+    let uffd = &rig.server.members[&member].uffd;
+    // To the server it looks the same as a fork.
+    let moving = move_another(uffd);
+    while !uffd.is_changing() {
+        std::thread::yield_now();
+    }
+    let line = rig.attach(member);
+    rig.server.turn(&[]);
+    assert_eq!(places(&said(&line)), [0u64; 0]);
+    rig.server.turn(&[member]);
+    moving.join().unwrap();
+    rig.server.turn(&[]);
+    assert_eq!(places(&said(&line)), [place]);
 }

@@ -317,8 +317,10 @@ pub(super) mod tests {
     use super::*;
     use core::ffi::c_void;
     use rustix::mm::{
-        MapFlags, MprotectFlags, ProtFlags, UserfaultfdFlags, mmap_anonymous, mprotect, munmap,
+        MapFlags, MprotectFlags, MremapFlags, ProtFlags, UserfaultfdFlags, mmap_anonymous,
+        mprotect, mremap_fixed, munmap,
     };
+    use std::thread::JoinHandle;
 
     const IOC_REGISTER: Opcode = opcode::read_write::<[u64; 4]>(0xAA, 0x00);
     const MODE_MISSING: u64 = 1;
@@ -327,10 +329,31 @@ pub(super) mod tests {
 
     /// A userfaultfd of this process, and a granule that it serves.
     pub(in super::super) fn served() -> (Uffd, u64) {
+        served_with(0)
+    }
+
+    /// The same, whose owner waits until it is read that something moves.
+    pub(in super::super) fn served_moving() -> (Uffd, u64) {
+        served_with(FEATURE_EVENT_REMAP)
+    }
+
+    /// Moves a granule that `uffd` serves; waits until that is read.
+    pub(in super::super) fn move_another(uffd: &Uffd) -> JoinHandle<()> {
+        let (from, to) = (mapped(), mapped());
+        register(uffd, from).unwrap();
+        std::thread::spawn(move || {
+            let (len, flags) = (GRANULE as usize, MremapFlags::MAYMOVE);
+            let (from, to) = (from as *mut c_void, to as *mut c_void);
+            // SAFETY: mappings of the test's, which nobody else uses.
+            unsafe { mremap_fixed(from, len, len, flags, to) }.unwrap();
+        })
+    }
+
+    fn served_with(features: u64) -> (Uffd, u64) {
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
         // SAFETY: it serves only what this test maps.
         let fd = unsafe { rustix::mm::userfaultfd(flags) }.unwrap();
-        let mut api = [API, 0, 0];
+        let mut api = [API, features, 0];
         // SAFETY: as in `set_up`.
         unsafe { ioctl(&fd, Updater::<IOC_API, _>::new(&mut api)) }.unwrap();
         let (uffd, place) = (Uffd::new(fd).unwrap(), mapped());
