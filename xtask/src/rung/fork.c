@@ -9,6 +9,7 @@
  *   bereft  the same, and the parent, which looks at nothing, is killed before: its child makes FILE.well
  *   rest    one child, which is killed; the parent has not looked at its heap before there is the file
  *   kept    the same, and the parent has made some pages of its heap read-only, which stay so
+ *   heirs   a child that has its own copy of a third forks, and its child frees most of that without having looked
  *   kill    children are killed while they read
  *   cost    says how long forks take, in turns of ordinary memory and of its heap, for every 16 MiB of which it has
  *           waited so many milliseconds, instead of a file
@@ -271,6 +272,42 @@ static void look_around(const char *how, const char *file) {
     check("its parent", -1);
 }
 
+/* Frees most of what came from the child, which nobody has looked at here, and takes as much anew. */
+static void renew(void) {
+    for (int i = 0; i < count; i++)
+        if (of(0, i) && (i / 16 % 2 || i % 4)) free(blocks[i]);
+    usleep(500000);
+    for (int i = 0; i < count; i++) {
+        if (!of(0, i) || !(i / 16 % 2 || i % 4)) continue;
+        blocks[i] = calloc(WORDS, sizeof(long));
+        if (!blocks[i]) fail("calloc", i);
+        is[i] = 0;
+    }
+}
+
+/* What the child has copies of comes to extents of its own, and is shared with its child by another fork server. */
+static void heirs(void) {
+    pid_t pid = start();
+    if (pid == 0) {
+        check("the child", 0);
+        use_heap();
+        usleep(2000000);
+        pid = start();
+        if (pid == 0) {
+            use_heap();
+            usleep(1000000);
+            renew();
+            check("the grandchild", -1);
+            _exit(0);
+        }
+        end("the grandchild", pid);
+        check("the child at last", -1);
+        _exit(0);
+    }
+    end("the child", pid);
+    check("the parent", -1);
+}
+
 int main(int argc, char **argv) {
     int mib = atoi(argv[1]), forks = atoi(argv[2]), threads = atoi(argv[3]);
     const char *how = argc > 4 ? argv[4] : "", *file = argc > 5 ? argv[5] : "";
@@ -298,9 +335,10 @@ int main(int argc, char **argv) {
     if (!strcmp(how, "later")) await(file);
     if (!strcmp(how, "cost")) cost((size_t)mib << 20, forks);
     if (!strcmp(how, "touch")) touch(mib);
+    if (!strcmp(how, "heirs")) heirs();
     if (!strcmp(how, "hold") || !strcmp(how, "split") || !strcmp(how, "bereft") || !strcmp(how, "rest") || !strcmp(how, "kept"))
         look_around(how, file);
-    else if (strcmp(how, "cost") && strcmp(how, "touch"))
+    else if (strcmp(how, "cost") && strcmp(how, "touch") && strcmp(how, "heirs"))
         for (; forked < forks && now() < until; forked++) {
             pid_t pid = start();
             if (pid == 0) {

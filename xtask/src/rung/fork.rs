@@ -43,6 +43,7 @@ pub(super) fn run() -> Result<Tally> {
     tally.check("the parent ends first", orphan(&program));
     tally.check("the parent is killed before a touch", bereft(&program));
     tally.check("what a child leaves is its parent's again", left(&program));
+    tally.check("a child shares what it has copies of", heirs(&program));
     tally.check("granules of several mappings", in_parts(&program));
     tally.check("what the parent made read-only stays so", kept(&program));
     tally.check("originals recalled from all holders", recalled(&program));
@@ -387,6 +388,21 @@ impl Held {
         intact(self.program)?;
         nothing_stays(&self.broker)
     }
+}
+
+/// A grandchild has its heap from two fork servers, which have something else at the same addresses.
+fn heirs(program: &Path) -> Result<()> {
+    let broker = Broker::serve("256M")?;
+    // What is freed is given back at once, and may be handed out as zeroes.
+    let options = ["--conf", "fork:lazy,decay:0"];
+    let mut run = broker.run_with(&options, program);
+    intact(Background::start(run.args(["64", "1", "0", "heirs"]))?)?;
+    let shared = broker.status_number("/counters/forked_bytes")?;
+    ensure!(
+        shared >= 80 * MIB,
+        "the child shared nothing of its own: {shared} bytes in all"
+    );
+    nothing_stays(&broker)
 }
 
 /// Parent and child call mlock, mprotect and madvise on what they have not touched.
