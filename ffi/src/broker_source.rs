@@ -328,6 +328,7 @@ impl ExtentSource for BrokerSource {
         let offered = line.offered(*from as u64, filled).ok()?;
         let (wanted, next) = offered.choose(&|run| may(&from_wire_run(run)));
         *from = next? as usize;
+        let _held = self.rejoin.hold_takes();
         // First: a broker that comes next may have booked it already.
         for run in wanted.as_slice() {
             self.rejoin.leases.add(run.window());

@@ -39,6 +39,10 @@ pub(crate) struct Rejoin {
     /// Held while something is given back, and while a new socket takes the
     /// place of an old one: each is heard of by one broker, once.
     socket: Mutex<()>,
+    /// Held while originals become leases again, and from the list for a new
+    /// broker to its answer: it books what the list says, and what is taken
+    /// before or after that, but not what comes between.
+    takes: Mutex<()>,
     state: AtomicU8,
     attempts: AtomicU32,
 }
@@ -61,6 +65,7 @@ impl Rejoin {
             listed: Leases::new(window_len)?,
             unheard: Leases::new(window_len)?,
             socket: Mutex::new(()),
+            takes: Mutex::new(()),
             state: AtomicU8::new(HERE),
             attempts: AtomicU32::new(0),
         })
@@ -127,6 +132,7 @@ impl Rejoin {
         path: &CStr,
         page: &ClientPageMapping,
     ) -> Result<BrokerClient, ConnectError> {
+        let _held = self.hold_takes();
         self.listed.clear();
         // What is given back before it is listed is not listed.
         self.unheard.clear();
@@ -164,6 +170,12 @@ impl Rejoin {
             ranges.iter().for_each(|range| self.unheard.add(*range));
         }
         heard
+    }
+
+    /// Keeps a new broker from being told of the leases meanwhile. The fork
+    /// server, which is asked for originals, needs no rejoin to be answered.
+    pub(crate) fn hold_takes(&self) -> MutexGuard<'_, ()> {
+        self.takes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn hold_socket(&self) -> MutexGuard<'_, ()> {
