@@ -7,7 +7,7 @@ use core::sync::atomic::Ordering;
 use core::time::Duration;
 use std::time::Instant;
 
-use super::{RUNNING, STOP, STOPPED, Service, TICK, TICK_QUIET};
+use super::{RUNNING, STOP, STOPPED, Service, TICK_QUIET};
 use crate::arena::callbacks;
 use crate::config::ForkPolicy;
 use crate::heap::Heap;
@@ -20,10 +20,10 @@ const FORK_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Who forks by moving its heap often forks again at once. What was moved stays
 /// in DRAM for so many times as long as that took, so that a program that forks
-/// all the time spends no more than a third of it on moving to and fro.
-const REST: u32 = 4;
-/// The same, at most: a second.
-const REST_TICKS: u32 = 20;
+/// all the time waits for no more than a ninth of it.
+const REST: u32 = 8;
+/// The same, at most: of a large heap only so much comes back in a tick.
+const LONGEST_REST: Duration = Duration::from_millis(200);
 
 impl Service {
     /// Shares or moves what is live on extents and holds the worker, so
@@ -36,6 +36,8 @@ impl Service {
         }
         self.fork.store(STOP, Ordering::Release);
         heap.wanted().raise();
+        // Whatever it waits for.
+        heap.lent().raise();
         callbacks().fork_waits();
         let mut moved = heap.moved();
         let mut deadline = Instant::now() + FORK_PATIENCE;
@@ -70,9 +72,9 @@ impl Service {
         heap.space().set_extents_closed(false);
     }
 
-    /// The worker's side of [`Service::stop`]: for so many ticks after a fork
-    /// nothing comes back to extents. `None`: there was none.
-    pub(super) fn stand_still(&self, heap: &Heap, source: &dyn ExtentSource) -> Option<u32> {
+    /// The worker's side of [`Service::stop`]: for so long after a fork nothing
+    /// comes back to extents. `None`: there was none, or nothing was moved.
+    pub(super) fn stand_still(&self, heap: &Heap, source: &dyn ExtentSource) -> Option<Duration> {
         if !self.is_to_stop() {
             return None;
         }
@@ -89,15 +91,12 @@ impl Service {
                 self.forking.wait(seen, TICK_QUIET);
             }
         }
-        let restraint = match shared {
-            Some(asides) => {
-                source.fork_end();
-                drop(asides);
-                0
-            }
-            None => ((took * REST).div_duration_f32(TICK).ceil() as u32).clamp(1, REST_TICKS),
+        let Some(asides) = shared else {
+            return Some((took * REST).min(LONGEST_REST));
         };
-        Some(restraint)
+        source.fork_end();
+        drop(asides);
+        None
     }
 
     /// Whether placeholders of a fork are mapped as they were made.

@@ -112,13 +112,20 @@ fn join(heap: &'static Heap) -> Option<&'static dyn ExtentSource> {
     Some(source)
 }
 
-/// Brings a child's heap, which begins in DRAM, to extents without waiting for
-/// the first tick, as much as one tick may: many children do not live for long.
+/// Brings what is in DRAM for want of extents to them without waiting for the
+/// next tick, as much as one tick may: in a child, whose heap begins there and
+/// which may not live for long, and after a fork that moved a small heap.
 fn settle(heap: &Heap, source: &dyn ExtentSource) {
     let service = heap.service();
+    if !service.is_running() {
+        return;
+    }
     let seen = heap.lent().read();
     service.ask(heap, source, true, false);
-    heap.lent().wait(seen, TICK);
+    let asked = service.asked[Lot::UNTAGGED.index()].load(Ordering::Acquire);
+    if asked && !service.is_to_stop() {
+        heap.lent().wait(seen, TICK);
+    }
     if let Some(evacuator) = service.evacuator.lock().as_mut() {
         evacuator.bring_back(heap, source, heap.back_per_tick_in(false));
     }
@@ -135,8 +142,12 @@ fn work(heap: &'static Heap, source: &'static dyn ExtentSource) -> ! {
     let mut ticks = 0u32;
     loop {
         let seen = heap.wanted().read();
-        if let Some(ticks) = service.stand_still(heap, source) {
-            restraint = restraint.max(ticks);
+        if let Some(rest) = service.stand_still(heap, source) {
+            restraint = restraint.max(rest.div_duration_f32(TICK) as u32);
+            if restraint == 0 {
+                heap.wanted().wait(heap.wanted().read(), rest);
+                settle(heap, source);
+            }
         }
         if service.trimmed(heap, source) {
             restraint = RESTRAINT;
