@@ -31,6 +31,9 @@ const SUITE: &[&str] = &[
     "integration/replication",
 ];
 
+/// Lines that the suite has for a surprise.
+const SURPRISE: usize = 12;
+
 pub(super) const PROGRAM: Program = Program {
     name: "redis",
     how: "built with MALLOC=libc; runtest of unit/type, expire, scripting, memefficiency, other, aofrw, \
@@ -91,6 +94,9 @@ fn run(session: &Session) -> Result<Results> {
         session::explain(&suite, &finished)
     );
     read(&finished.stdout, &mut results);
+    for line in why_it_ended(&finished.stdout) {
+        eprintln!("  {line}");
+    }
     results.add("the ending", finished.ending());
     ensure!(
         results.len() > 1000,
@@ -120,6 +126,14 @@ fn read(log: &str, results: &mut Results) {
     }
 }
 
+/// What the suite said when it gave up, which it does at the first surprise.
+fn why_it_ended(log: &str) -> impl Iterator<Item = String> {
+    let lines = log.lines().map(without_colours);
+    lines
+        .skip_while(|line| !line.starts_with("[exception]"))
+        .take(SURPRISE)
+}
+
 fn without_colours(line: &str) -> String {
     let mut pieces = line.split('\u{1b}');
     let mut plain = pieces.next().unwrap_or_default().to_owned();
@@ -132,6 +146,14 @@ fn without_colours(line: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_ended_the_suite_is_told() {
+        let log = "[\u{1b}[0;32;49mok\u{1b}[0m]: DEL\n[\u{1b}[0;31;49mexception\u{1b}[0m]: I/O error\nI/O error";
+        let told: Vec<String> = why_it_ended(log).collect();
+        assert_eq!(told, ["[exception]: I/O error", "I/O error"]);
+        assert_eq!(why_it_ended("[ok]: DEL").count(), 0);
+    }
 
     #[test]
     fn lines_lose_their_colours_and_times() {
