@@ -116,6 +116,12 @@ impl DpaRange {
         [piece(self.start, cut.start), piece(cut.end(), self.end())]
     }
 
+    /// What is left of `ranges` without this one.
+    pub(crate) fn cut_from(&self, ranges: &[Self]) -> Vec<Self> {
+        let pieces = ranges.iter().flat_map(|range| range.subtract(self));
+        pieces.flatten().collect()
+    }
+
     /// Whether start, counted from `base`, and length are multiples of `block`.
     pub fn is_aligned(&self, base: Dpa, block: u64) -> bool {
         block != 0

@@ -5,10 +5,10 @@ use core::ffi::CStr;
 use core::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use core::time::Duration;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use allocator::Tag;
 use allocator::source::{Event, Ranges};
+use allocator::sync::{Guard, Lock};
 use dax_backend::broker::client::ConnectError;
 use dax_backend::broker::{BrokerClient, ClientPageMapping, WindowRange};
 use rustix::io::Errno;
@@ -38,11 +38,11 @@ pub(crate) struct Rejoin {
     unheard: Leases,
     /// Held while something is given back, and while a new socket takes the
     /// place of an old one: each is heard of by one broker, once.
-    socket: Mutex<()>,
+    socket: Lock<()>,
     /// Held while originals become leases again, and from the list for a new
     /// broker to its answer: it books what the list says, and what is taken
     /// before or after that, but not what comes between.
-    takes: Mutex<()>,
+    takes: Lock<()>,
     state: AtomicU8,
     attempts: AtomicU32,
 }
@@ -64,8 +64,8 @@ impl Rejoin {
             leases: Leases::new(window_len)?,
             listed: Leases::new(window_len)?,
             unheard: Leases::new(window_len)?,
-            socket: Mutex::new(()),
-            takes: Mutex::new(()),
+            socket: Lock::new(()),
+            takes: Lock::new(()),
             state: AtomicU8::new(HERE),
             attempts: AtomicU32::new(0),
         })
@@ -143,7 +143,7 @@ impl Rejoin {
     /// Puts a new socket in the place of `old`, whoever sends to it, and says
     /// what was given back since it was listed. `false`: it could not.
     fn replace(&self, old: RawFd, new: &BrokerClient) -> bool {
-        let _held = self.hold_socket();
+        let _held = self.socket.lock();
         // SAFETY: both are open in the descriptor table that belongs to the
         // allocator's threads alone.
         if unsafe { libc::dup3(new.fd().as_raw_fd(), old, libc::O_CLOEXEC) } < 0 {
@@ -160,7 +160,7 @@ impl Rejoin {
     /// Gives leases back over `client`, which has the socket. `false`: nobody
     /// was there to hear of it, and whoever comes next will.
     pub(crate) fn give_back(&self, client: &BrokerClient, ranges: &[WindowRange]) -> bool {
-        let _held = self.hold_socket();
+        let _held = self.socket.lock();
         // First: a broker that comes next is told of the leases that are left.
         for range in ranges {
             self.leases.remove(*range);
@@ -174,12 +174,8 @@ impl Rejoin {
 
     /// Keeps a new broker from being told of the leases meanwhile. The fork
     /// server, which is asked for originals, needs no rejoin to be answered.
-    pub(crate) fn hold_takes(&self) -> MutexGuard<'_, ()> {
-        self.takes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn hold_socket(&self) -> MutexGuard<'_, ()> {
-        self.socket.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn hold_takes(&self) -> Guard<'_, ()> {
+        self.takes.lock()
     }
 }
 

@@ -171,7 +171,7 @@ impl NodeSurface {
         self.held.extend(ranges.iter().copied().map(stretch));
         DpaRange::coalesce(&mut self.held);
         for range in ranges {
-            self.lost = without(&self.lost, &stretch(*range));
+            self.lost = stretch(*range).cut_from(&self.lost);
         }
         for block in self.blocks.within(self.window) {
             let range = self.range_of(block);
@@ -237,7 +237,7 @@ impl NodeSurface {
                     let whole = self.range_of(block);
                     if whole.intersects(&part) {
                         touched.insert(block);
-                        rest = without(&rest, &whole);
+                        rest = whole.cut_from(&rest);
                     }
                 }
                 free.extend(rest);
@@ -267,7 +267,7 @@ impl NodeSurface {
         }
         DpaRange::coalesce(&mut free);
         for range in &free {
-            self.held = without(&self.held, range);
+            self.held = range.cut_from(&self.held);
         }
         given.ranges = free.into_iter().map(shrink).collect();
         given
@@ -277,7 +277,7 @@ impl NodeSurface {
     fn cheapest(&self, bytes: u64) -> Vec<DpaRange> {
         let mut offline = self.held.clone();
         for &block in &self.online {
-            offline = without(&offline, &self.range_of(block));
+            offline = self.range_of(block).cut_from(&offline);
         }
         let online = self.online.iter().rev().map(|block| self.range_of(*block));
         let mut left = bytes;
@@ -305,12 +305,6 @@ impl NodeSurface {
             len: self.blocks.size(),
         }
     }
-}
-
-/// `ranges` without `cut`.
-fn without(ranges: &[DpaRange], cut: &DpaRange) -> Vec<DpaRange> {
-    let pieces = ranges.iter().flat_map(|range| range.subtract(cut));
-    pieces.flatten().collect()
 }
 
 /// A range of the window, to be counted with.

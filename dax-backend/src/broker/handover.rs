@@ -135,10 +135,9 @@ impl Broker {
 
 /// `range` without what was `taken`.
 fn without(range: DpaRange, taken: &[DpaRange]) -> Vec<DpaRange> {
-    taken.iter().fold(vec![range], |left, taken| {
-        let pieces = left.iter().flat_map(|piece| piece.subtract(taken));
-        pieces.flatten().collect()
-    })
+    taken
+        .iter()
+        .fold(vec![range], |left, taken| taken.cut_from(&left))
 }
 
 /// Books what went back to the device: as free if nobody was asked yet, and

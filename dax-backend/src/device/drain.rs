@@ -188,8 +188,7 @@ impl<M: Mmio> DcDevice<M> {
         for held in self.accepted.clone() {
             let mut gone = vec![held.range];
             for extent in &listed {
-                let left = gone.iter().flat_map(|range| range.subtract(&extent.range));
-                gone = left.flatten().collect();
+                gone = extent.range.cut_from(&gone);
             }
             for range in gone {
                 self.forced_release(&Extent { range, ..held });
