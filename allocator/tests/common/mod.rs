@@ -160,13 +160,19 @@ impl MemfdSource {
         self.outcome(id, PATIENCE)
     }
 
+    /// Grants nothing of some ranges from now on. What is given back is no news
+    /// to the heap meanwhile.
+    pub(crate) fn withhold(&self, ranges: &Ranges) {
+        self.state.lock().unwrap().withheld = ranges.as_slice().to_vec();
+    }
+
     /// Asks for all of some ranges, and grants nothing of them from now on.
     pub(crate) fn recall_ranges(&self, id: u64, ranges: &Ranges) -> RecallOutcome {
-        self.state.lock().unwrap().withheld = ranges.as_slice().to_vec();
+        self.withhold(ranges);
         self.ask_back(id, ranges.bytes(), *ranges, PATIENCE)
     }
 
-    /// Ends what [`Self::recall_ranges`] began: there is capacity again.
+    /// Ends what [`Self::withhold`] began: there is capacity again.
     pub(crate) fn restore(&self) {
         self.state.lock().unwrap().withheld.clear();
         self.send(Event::CapacityAvailable);

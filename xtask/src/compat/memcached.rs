@@ -82,8 +82,19 @@ fn prove(session: &Session, results: &mut Results) -> Result<()> {
             results.add(name.trim(), outcome.trim_start_matches('.').trim());
         }
     }
+    let (said, complained) = (finished.stdout.lines(), finished.stderr.lines());
+    for line in said.chain(complained).filter(|line| is_complaint(line)) {
+        eprintln!("  {}", line.trim());
+    }
     results.add("the ending", finished.ending());
     Ok(())
+}
+
+/// What `prove` and a test of its own say of what went wrong.
+fn is_complaint(line: &str) -> bool {
+    ["Failed", "Dubious", "got:", "expected:", "died"]
+        .iter()
+        .any(|word| line.contains(word))
 }
 
 fn load(session: &Session, option: &str) -> Result<String> {

@@ -76,10 +76,10 @@ fn server() -> Result<PathBuf> {
 fn run(session: &Session) -> Result<Results> {
     let mut results = Results::default();
     if session.scale == Scale::Short {
-        snapshot::judge(session, &server()?, 100, &mut results)?;
+        snapshot::judge(session, &server()?, "eager", 100, &mut results)?;
         return Ok(results);
     }
-    snapshot::judge(session, &server()?, 500, &mut results)?;
+    snapshot::judge(session, &server()?, "eager", 500, &mut results)?;
     let mut suite = session.command("tclsh");
     suite
         .current_dir(packages::source("redis")?)

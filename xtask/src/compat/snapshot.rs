@@ -17,15 +17,18 @@ use crate::process::Background;
 const LIMIT: Duration = Duration::from_secs(240);
 const VALUE: usize = 2048;
 
-/// Fills `server` with `mib` MiB, saves, and books whether the file is what it should be.
+/// Fills `server` with `mib` MiB under a policy of `fork`, saves, and books whether the file is what it should be.
 pub(super) fn judge(
     session: &Session,
     server: &Path,
+    fork: &str,
     mib: usize,
     results: &mut Results,
 ) -> Result<()> {
     let keys = (mib << 20) / VALUE;
-    let mut running = Server::start(session.command(server), session.dir())?;
+    let mut command = session.command(server);
+    command.env("DCMALLOC_CONF", format!("fork:{fork}"));
+    let mut running = Server::start(command, session.dir())?;
     let (digest, size) = save_while_writing(&running.socket, keys)?;
     running.shut_down()?;
     // Whoever loads it has nothing to do with us.

@@ -8,7 +8,7 @@ use crate::packages;
 pub(super) const PROGRAM: Program = Program {
     name: "valkey",
     how: "as packaged in backports, linked against jemalloc; BGSAVE of 500 MiB under write load equals the data \
-          set at the fork",
+          set at the fork; with `fork:lazy`, which is for servers that save so",
     short: false,
     prepare: || packages::ensure_backport("valkey-server"),
     version: || packages::version("valkey-server"),
@@ -22,6 +22,6 @@ fn run(session: &Session) -> Result<Results> {
         500
     };
     let mut results = Results::default();
-    snapshot::judge(session, "valkey-server".as_ref(), mib, &mut results)?;
+    snapshot::judge(session, "valkey-server".as_ref(), "lazy", mib, &mut results)?;
     Ok(results)
 }
