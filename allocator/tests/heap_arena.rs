@@ -12,7 +12,7 @@ use allocator::allocator_api2::{boxed::Box, vec::Vec as VecIn};
 use allocator::source::Ranges;
 use allocator::space::{Backing, GRANULE};
 use allocator::{Arena, ArenaError, Config, Heap, OnExhausted, Placement};
-use common::{MemfdSource, Random, moves};
+use common::{MemfdSource, Random, moves, wait_for};
 use hashbrown::{DefaultHashBuilder, HashMap};
 
 static HEAP: Heap = Heap::new();
@@ -20,14 +20,6 @@ const GRANULES: usize = 64;
 const MIB: u64 = 1 << 20;
 
 type Map = HashMap<u64, VecIn<u8, Arena>, DefaultHashBuilder, Arena>;
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !done() {
-        assert!(Instant::now() < end, "{what}: {:?}", HEAP.stats());
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
 
 fn bytes(arena: &Arena, len: usize, value: u8) -> VecIn<u8, Arena> {
     let mut bytes = VecIn::with_capacity_in(len, arena.clone());
@@ -155,7 +147,7 @@ fn ends() {
         );
     }
     assert_eq!(HEAP.stats().arenas, arenas);
-    wait_for("pages of ended arenas", || {
+    wait_for(&HEAP, "pages of ended arenas", || {
         HEAP.stats().usage.extent_live <= live
     });
     let empty = HEAP.arena("empty").build().unwrap();

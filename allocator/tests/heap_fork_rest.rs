@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use allocator::source::{Ranges, WindowRange};
 use allocator::space::GRANULE;
 use allocator::{Config, Heap, OnExhausted, Placement};
-use common::{MemfdSource, moves};
+use common::{MemfdSource, moves, wait_for};
 
 static HEAP: Heap = Heap::new();
 const GRANULES: usize = 16;
@@ -20,7 +20,6 @@ const FORKS: usize = 11;
 const REST: u32 = 8;
 /// For moving it back, and for a busy machine. A fixed rest would be longer.
 const SOON: Duration = Duration::from_millis(120);
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Forks a child that ends at once. How long that took its parent.
 fn fork() -> Duration {
@@ -42,13 +41,9 @@ fn fork() -> Duration {
 
 /// How long it is until the heap is on extents.
 fn until_back() -> Duration {
-    let begun = Instant::now();
-    while HEAP.stats().usage.extent_live < LIVE as u64 {
-        let waited = begun.elapsed();
-        assert!(waited < PATIENCE, "{:?}", HEAP.stats().usage);
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    begun.elapsed()
+    wait_for(&HEAP, "the heap is on extents", || {
+        HEAP.stats().usage.extent_live >= LIVE as u64
+    })
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use allocator::source::Ranges;
 use allocator::space::GRANULE;
 use allocator::{Config, Heap, OnExhausted, Placement};
-use common::{MemfdSource, moves};
+use common::{MemfdSource, moves, wait_for};
 
 static HEAP: Heap = Heap::new();
 const GRANULES: usize = 16;
@@ -49,9 +49,9 @@ fn a_fork_does_not_wait_for_a_callback() {
     // SAFETY: a new block of this size.
     unsafe { block.write_bytes(7, 4 * GRANULE) };
     // It begins in DRAM, because extents are asked for in the background.
-    while HEAP.stats().usage.dram_live > 0 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_for(&HEAP, "the heap is on extents", || {
+        HEAP.stats().usage.dram_live == 0
+    });
     // Nothing is to come in the middle of the recall.
     source.close(true);
     let all = (GRANULES * GRANULE) as u64;

@@ -12,7 +12,7 @@ use allocator::config::SpillDir;
 use allocator::source::{Event, WindowRange};
 use allocator::space::{Backing, GRANULE};
 use allocator::{Arena, Config, Heap, OnExhausted, Placement};
-use common::{MemfdSource, Random, moves};
+use common::{MemfdSource, Random, moves, wait_for};
 
 static HEAP: Heap = Heap::new();
 const GRANULES: usize = 64;
@@ -48,14 +48,6 @@ fn extent_of(block: *mut u8) -> Option<WindowRange> {
             len: GRANULE as u64,
         }),
         _ => None,
-    }
-}
-
-fn wait_for(what: &str, holds: impl Fn() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !holds() {
-        assert!(Instant::now() < end, "{what}: {:?}", HEAP.stats());
-        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -122,7 +114,7 @@ fn the_owner_is_told(source: &MemfdSource) {
             });
             let arena = arena.build().unwrap();
             let mine: Vec<_> = (0..BLOCKS).map(|_| block(&arena, 9)).collect();
-            wait_for("all on extents", || {
+            wait_for(&HEAP, "all on extents", || {
                 mine.iter().all(|b| extent_of(*b).is_some())
             });
             let (lose, keep) = mine.split_at(BLOCKS / 2);
@@ -141,7 +133,7 @@ fn the_owner_is_told(source: &MemfdSource) {
                 late.push(when - start);
             }
             assert_eq!(heard, gone.bytes());
-            wait_for("extents let go of", || source.gone_granules() == 0);
+            wait_for(&HEAP, "extents let go of", || source.gone_granules() == 0);
             extents.iter().for_each(|range| scribble(source, *range));
             assert!(lose.iter().all(|b| holds(*b, 0)), "not zeroes");
             assert!(keep.iter().all(|b| holds(*b, 9)));
@@ -209,7 +201,7 @@ fn while_they_move(source: &MemfdSource) {
                 std::thread::sleep(Duration::from_micros(random.below(3000) as u64));
             }
         });
-        wait_for("extents let go of", || source.gone_granules() == 0);
+        wait_for(&HEAP, "extents let go of", || source.gone_granules() == 0);
         let (mut zero, mut fault) = (0, 0);
         for (i, block) in blocks.iter().enumerate() {
             if i % 2 == 1 && faults(*block) {

@@ -10,7 +10,7 @@ use allocator::config::SpillDir;
 use allocator::source::{Event, Ranges, Refusal, WindowRange};
 use allocator::space::{Backing, GRANULE, MAX_PINS};
 use allocator::{Config, Heap, OnExhausted, PinError, Placement, engine};
-use common::{MemfdSource, moves};
+use common::{MemfdSource, moves, wait_for};
 
 static HEAP: Heap = Heap::new();
 const GRANULES: usize = 48;
@@ -44,14 +44,6 @@ fn backing(block: *mut u8) -> Backing {
 
 fn is_on_extent(block: *mut u8) -> bool {
     matches!(backing(block), Backing::Extent(_))
-}
-
-fn wait_for(what: &str, holds: impl Fn() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !holds() {
-        assert!(Instant::now() < end, "{what}: {:?}", HEAP.stats());
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn refuses_bad_input() {
@@ -88,7 +80,9 @@ fn refuses_bad_input() {
 /// The rest returns, and the receipt names the pins.
 fn a_recall_goes_round_them(source: &MemfdSource) {
     let blocks: Vec<_> = (0..LIMIT).map(|i| block(i as u8)).collect();
-    wait_for("all on extents", || blocks.iter().all(|b| is_on_extent(*b)));
+    wait_for(&HEAP, "all on extents", || {
+        blocks.iter().all(|b| is_on_extent(*b))
+    });
     let mut ranges = Ranges::EMPTY;
     for block in &blocks {
         let Backing::Extent(offset) = backing(*block) else {
@@ -150,7 +144,7 @@ fn a_recall_goes_round_them(source: &MemfdSource) {
 fn freed_under_a_pin(source: &MemfdSource) {
     HEAP.trim();
     let one = block(1);
-    wait_for("on an extent", || is_on_extent(one));
+    wait_for(&HEAP, "on an extent", || is_on_extent(one));
     let pin = HEAP.pin(one, GRANULE).unwrap();
     // SAFETY: live, freed once.
     unsafe { engine::free(one) };
@@ -174,7 +168,9 @@ fn freed_under_a_pin(source: &MemfdSource) {
 fn spills_and_promotions(source: &MemfdSource) {
     HEAP.trim();
     let blocks: Vec<_> = (0..BLOCKS).map(|i| block(i as u8)).collect();
-    wait_for("all on extents", || blocks.iter().all(|b| is_on_extent(*b)));
+    wait_for(&HEAP, "all on extents", || {
+        blocks.iter().all(|b| is_on_extent(*b))
+    });
     let pin = HEAP.pin(blocks[3], 100).unwrap();
     let before = backing(blocks[3]);
     source.close(true);
@@ -200,14 +196,14 @@ fn spills_and_promotions(source: &MemfdSource) {
     source.close(false);
     source.restore();
     let stay = [spilled, dram].map(|i| blocks[i]);
-    wait_for("the others on extents", || {
+    wait_for(&HEAP, "the others on extents", || {
         let others = blocks.iter().filter(|b| !stay.contains(b));
         others.into_iter().all(|b| is_on_extent(*b))
     });
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(stay.map(backing), [Backing::Dram; 2], "they were moved");
     drop((in_dram, back));
-    wait_for("these too", || stay.iter().all(|b| is_on_extent(*b)));
+    wait_for(&HEAP, "these too", || stay.iter().all(|b| is_on_extent(*b)));
     for (i, block) in blocks.iter().enumerate() {
         assert!(holds(*block, i as u8), "{i}");
         // SAFETY: live, freed once.
@@ -266,7 +262,9 @@ fn pins_wait_for_moves(source: &MemfdSource) {
 fn forks() {
     HEAP.trim();
     let (stays, moves) = (block(7), block(8));
-    wait_for("on extents", || is_on_extent(stays) && is_on_extent(moves));
+    wait_for(&HEAP, "on extents", || {
+        is_on_extent(stays) && is_on_extent(moves)
+    });
     let pin = HEAP.pin(stays, GRANULE).unwrap();
     let (before, unforked) = (backing(stays), HEAP.stats().unforked);
     // SAFETY: the child does what a child of a program with threads may, but

@@ -12,7 +12,7 @@ use allocator::config::SpillDir;
 use allocator::source::{Ranges, Refusal};
 use allocator::space::{Backing, GRANULE};
 use allocator::{Config, Heap, OnExhausted, Placement, SpillState};
-use common::{MemfdSource, moves};
+use common::{MemfdSource, moves, wait_for};
 
 static HEAP: Heap = Heap::new();
 const GRANULES: usize = 64;
@@ -47,14 +47,6 @@ fn is_spilled(block: *mut u8) -> bool {
     HEAP.space().backing_of(block as usize) == Some(Backing::Spilled)
 }
 
-fn until(what: &str, reached: impl Fn() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !reached() {
-        assert!(Instant::now() < end, "{what}: {:?}", HEAP.stats());
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 #[test]
 fn what_is_spilled_comes_back() {
     let source = MemfdSource::leak(GRANULES);
@@ -78,7 +70,7 @@ fn what_is_spilled_comes_back() {
     let blocks: Vec<_> = (0..BLOCKS).map(fill).collect();
     let everywhere = |b: &[*mut u8]| b.iter().enumerate().for_each(|(i, b)| check(i, *b));
     let settled = |count| move || HEAP.stats().usage.extent_live >= granules(count);
-    until("all on extents", settled(BLOCKS));
+    wait_for(&HEAP, "all on extents", settled(BLOCKS));
 
     // No DRAM and a file for some: the rest is refused, for that reason.
     source.close(true);
@@ -115,7 +107,7 @@ fn what_is_spilled_comes_back() {
         word.copy_from_slice(&((spilled[2] * GRANULE + 1024 + i) as u64).to_ne_bytes());
     }
     // Who waited is woken a moment before the books are written.
-    until("three are back in DRAM", || {
+    wait_for(&HEAP, "three are back in DRAM", || {
         let in_dram =
             |i: &usize| HEAP.space().backing_of(blocks[*i] as usize) == Some(Backing::Dram);
         spilled[..3].iter().all(in_dram) && HEAP.stats().restored == 3
@@ -127,7 +119,7 @@ fn what_is_spilled_comes_back() {
     // What is freed there is forgotten, without being read.
     // SAFETY: a live block, not used again.
     unsafe { allocator::engine::free(blocks[spilled[3]]) };
-    until("a freed granule is bare", || {
+    wait_for(&HEAP, "a freed granule is bare", || {
         HEAP.trim();
         HEAP.stats().usage.spilled_held == granules(SPILLED - 4)
     });
@@ -151,14 +143,14 @@ fn what_is_spilled_comes_back() {
     // Capacity again: everything comes back, nobody touches it.
     source.close(false);
     source.restore();
-    until("back on extents", settled(BLOCKS));
+    wait_for(&HEAP, "back on extents", settled(BLOCKS));
     source.close(true);
     let outcome = source.recall(2, granules(GRANULES));
     assert!(outcome.spilled > 0, "{outcome:?}");
     let before = HEAP.stats().restored;
     source.close(false);
     source.restore();
-    until("back on extents", settled(BLOCKS));
+    wait_for(&HEAP, "back on extents", settled(BLOCKS));
     assert!(HEAP.stats().restored > before);
     assert_eq!(HEAP.stats().usage.spilled_held, 0);
 

@@ -50,7 +50,7 @@ impl State {
     }
 }
 
-/// How long a recall may take, unless a test says so.
+/// How long anything may take, unless a test says so.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// xorshift64*: any spread will do.
@@ -77,6 +77,16 @@ pub(crate) fn moves(heap: &Heap) -> bool {
         );
     }
     moves
+}
+
+/// Waits until `done`, and says for how long that was.
+pub(crate) fn wait_for(heap: &Heap, what: &str, mut done: impl FnMut() -> bool) -> Duration {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < PATIENCE, "{what}: {:?}", heap.stats());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    begun.elapsed()
 }
 
 /// A source over a memfd of `granules`.
